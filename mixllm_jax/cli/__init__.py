@@ -1,0 +1,1 @@
+"""The `mixllm` command line: one module a verb."""

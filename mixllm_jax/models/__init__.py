@@ -1,0 +1,1 @@
+"""The decoder models and their configuration."""

@@ -1,0 +1,1 @@
+"""Post-training quantisation: salience, allocation, GPTQ and the driver that streams blocks through them."""

@@ -1,0 +1,1 @@
+"""The operations of MixLLM on arrays, each with an XLA reference and GPU kernels."""
