@@ -1,0 +1,80 @@
+"""`mixed_matmul` and `quantized_linear`: check their arguments and pick an implementation."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import activations as activations_module
+from pallas_kernels import packing
+from pallas_kernels.activations import QuantizedActivations
+from pallas_kernels.mixed_matmul import xla
+from pallas_kernels.packing import PackedWeight
+from pallas_kernels.quantize_activations.api import quantize_activations
+from pallas_kernels.registry import Implementation, Operation
+
+OUT_DTYPES = ("bfloat16", "float16", "float32")
+
+OPERATION = Operation(
+    name="mixed_matmul",
+    implementations={"xla": Implementation(xla.mixed_matmul, xla.refuses)},
+    prefer=lambda *args, **kwargs: (),
+)
+
+
+def mixed_matmul(
+    activations: QuantizedActivations,
+    weight: PackedWeight,
+    bias: jax.Array | None = None,
+    *,
+    out_dtype: jax.typing.DTypeLike,
+    implementation: str = "auto",
+) -> jax.Array:
+    """Quantised linear layer: `[tokens, out_features]` of `activations @ weight.T + bias`.
+
+    Y[m, n] = sum over groups g of  s_a[g, m] * s_w[g, n] * sum over k in g of A[m, k] * (W[n, k] - z[g, n])
+    (MixLLM, section 4.1); the inner sum is exact, the outer one is in float32.
+
+    Args:
+        activations: `[tokens, in_features]`, quantised with the weight's group size.
+        weight: `[out_features, in_features]`.
+        bias: Float `[out_features]`, or None.
+        out_dtype: bfloat16, float16 or float32.
+        implementation: `auto`, or a name from the registry.
+
+    Raises:
+        ValueError: Shapes, dtypes or group sizes that do not fit, or an unknown implementation.
+        NotImplementedError: The implementation asked for cannot run here, or a gradient is asked for.
+    """
+    packing.validate(weight)
+    activations_module.validate(activations)
+    if (activations.in_features, activations.group_size) != (weight.in_features, weight.group_size):
+        raise ValueError(
+            f"activations have {activations.in_features} features in groups of {activations.group_size}, "
+            f"the weight {weight.in_features} in groups of {weight.group_size}"
+        )
+    _validate_output(weight, bias, out_dtype)
+    return OPERATION(implementation, activations, weight, bias, out_dtype=jnp.dtype(out_dtype))
+
+
+def quantized_linear(
+    x: jax.Array,
+    weight: PackedWeight,
+    bias: jax.Array | None = None,
+    *,
+    out_dtype: jax.typing.DTypeLike,
+    implementation: str = "auto",
+) -> jax.Array:
+    """`mixed_matmul(quantize_activations(x), weight, bias)` for float x `[tokens, in_features]`.
+
+    For layers whose input no other kernel has quantised already; the errors are those of the two operations.
+    """
+    activations = quantize_activations(x, weight.group_size, implementation=implementation)
+    return mixed_matmul(activations, weight, bias, out_dtype=out_dtype, implementation=implementation)
+
+
+def _validate_output(weight: PackedWeight, bias: jax.Array | None, out_dtype: jax.typing.DTypeLike) -> None:
+    if bias is not None and tuple(bias.shape) != (weight.out_features,):
+        raise ValueError(f"bias must be [{weight.out_features}], found {list(bias.shape)}")
+    if jnp.dtype(out_dtype).name not in OUT_DTYPES:
+        raise ValueError(f"out_dtype must be one of {', '.join(OUT_DTYPES)}, found {jnp.dtype(out_dtype).name}")

@@ -1,0 +1,272 @@
+"""The packed mixed-precision weight: 4-bit and 8-bit output channels of one linear layer, stored group by group.
+
+A weight of the format is  w[n, k] ~ (code[n, k] - zero_point[n, g]) * scale[n, g],  g = k // group_size,  with codes
+0..15 and zero points 0..15 for 4-bit channels, and codes -128..127 and no zero point for 8-bit channels.
+
+The arrays are group-major: one group of a tile of neighbouring channels is one contiguous block of memory, so that a
+kernel which walks along the groups reads long runs, and one that splits the groups among programs reads disjoint ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+GROUP_SIZES = (32, 64, 128)
+"""Group sizes that every implementation takes; the XLA reference takes any even size up to 512."""
+
+Array = Any
+"""A JAX array, a tracer, or a NumPy array."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedWeight:
+    """Weight of a linear layer whose output channels have either 4 or 8 bits (format version 1).
+
+    Attributes:
+        codes4: uint8 `[num_groups, n4, group_size // 2]`; byte j holds code j of the group in its low nibble and code
+            j + group_size / 2 in its high nibble, so that the two halves of a group unpack without interleaving.
+        scales4: float16 `[num_groups, n4]`.
+        zero_points4: uint8 `[num_groups, n4]`, 0..15.
+        codes8: int8 `[num_groups, n8, group_size]`.
+        scales8: float16 `[num_groups, n8]`.
+        channel_order: int32 `[n4 + n8]`; packed row i, 4-bit rows first, is output channel `channel_order[i]`.
+        group_size: Input channels that share a scale.
+    """
+
+    codes4: Array
+    scales4: Array
+    zero_points4: Array
+    codes8: Array
+    scales8: Array
+    channel_order: Array
+    group_size: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def num_groups(self) -> int:
+        """Groups along the input channels."""
+        return int(self.codes4.shape[0])
+
+    @property
+    def n4(self) -> int:
+        """4-bit output channels."""
+        return int(self.codes4.shape[1])
+
+    @property
+    def n8(self) -> int:
+        """8-bit output channels."""
+        return int(self.codes8.shape[1])
+
+    @property
+    def in_features(self) -> int:
+        """Input channels (K)."""
+        return self.num_groups * self.group_size
+
+    @property
+    def out_features(self) -> int:
+        """Output channels (N)."""
+        return self.n4 + self.n8
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out_features, in_features)`, the shape of the weight that is packed here."""
+        return self.out_features, self.in_features
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays, scales, zero points and the channel order included."""
+        return sum(int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree_util.tree_leaves(self))
+
+
+class UnpackedWeight(NamedTuple):
+    """The codes of a `PackedWeight`, one byte a code, channel-major, in packed row order.
+
+    Attributes:
+        codes4: uint8 `[n4, in_features]`, 0..15.
+        scales4: float16 `[n4, num_groups]`.
+        zero_points4: uint8 `[n4, num_groups]`, 0..15.
+        codes8: int8 `[n8, in_features]`.
+        scales8: float16 `[n8, num_groups]`.
+        channel_order: int32 `[n4 + n8]`.
+    """
+
+    codes4: Array
+    scales4: Array
+    zero_points4: Array
+    codes8: Array
+    scales8: Array
+    channel_order: Array
+
+
+def pack(
+    codes4: Array,
+    scales4: Array,
+    zero_points4: Array,
+    codes8: Array,
+    scales8: Array,
+    channel_order: Array,
+    *,
+    group_size: int,
+) -> PackedWeight:
+    """Pack channel-major codes; the inverse of `unpack`.
+
+    NumPy arrays give a packed weight of NumPy arrays, JAX arrays one of JAX arrays.
+
+    Args:
+        codes4: Integer `[n4, in_features]`, values 0..15 (not checked under a trace).
+        scales4: `[n4, num_groups]`; must already be representable in float16, since codes are computed with the
+            rounded scale.
+        zero_points4: Integer `[n4, num_groups]`, 0..15.
+        codes8: Integer `[n8, in_features]`, -128..127.
+        scales8: `[n8, num_groups]`.
+        channel_order: Integer `[n4 + n8]`, a permutation of the output channels.
+        group_size: Input channels that share a scale; divides `in_features`.
+
+    Raises:
+        ValueError: Shapes that do not fit together, or (for NumPy arrays) values outside their ranges.
+    """
+    if group_size < 2 or group_size % 2:
+        raise ValueError(f"group_size must be a positive even number, found {group_size}")
+    for name, codes in (("codes4", codes4), ("codes8", codes8)):
+        if codes.ndim != 2 or codes.shape[1] % group_size:
+            raise ValueError(
+                f"{name} must be [channels, in_features] with in_features a multiple of group_size {group_size}, "
+                f"found shape {tuple(codes.shape)}"
+            )
+    if isinstance(codes4, np.ndarray) and codes4.size and (codes4.min() < 0 or codes4.max() > 15):
+        raise ValueError(f"4-bit codes must lie in 0..15, found {codes4.min()}..{codes4.max()}")
+    if isinstance(codes8, np.ndarray) and codes8.size and (codes8.min() < -128 or codes8.max() > 127):
+        raise ValueError(f"8-bit codes must lie in -128..127, found {codes8.min()}..{codes8.max()}")
+    num_groups = codes4.shape[1] // group_size
+    half = group_size // 2
+    grouped4 = codes4.astype(np.uint8).reshape(codes4.shape[0], num_groups, group_size)
+    grouped8 = codes8.astype(np.int8).reshape(codes8.shape[0], codes8.shape[1] // group_size, group_size)
+    packed = PackedWeight(
+        codes4=(grouped4[..., :half] | (grouped4[..., half:] << np.uint8(4))).transpose(1, 0, 2),
+        scales4=scales4.astype(np.float16).T,
+        zero_points4=zero_points4.astype(np.uint8).T,
+        codes8=grouped8.transpose(1, 0, 2),
+        scales8=scales8.astype(np.float16).T,
+        channel_order=channel_order.astype(np.int32),
+        group_size=group_size,
+    )
+    if isinstance(codes4, np.ndarray):
+        packed = jax.tree_util.tree_map(np.ascontiguousarray, packed)
+    validate(packed, values=isinstance(codes4, np.ndarray))
+    return packed
+
+
+def unpack(packed: PackedWeight) -> UnpackedWeight:
+    """The codes one byte each, channel-major; the inverse of `pack`."""
+    codes4 = unpack_nibbles(packed.codes4)
+    return UnpackedWeight(
+        codes4=codes4.transpose(1, 0, 2).reshape(packed.n4, packed.in_features),
+        scales4=packed.scales4.T,
+        zero_points4=packed.zero_points4.T,
+        codes8=packed.codes8.transpose(1, 0, 2).reshape(packed.n8, packed.in_features),
+        scales8=packed.scales8.T,
+        channel_order=packed.channel_order,
+    )
+
+
+def unpack_nibbles(codes4: Array) -> Array:
+    """uint8 `[..., group_size // 2]` of packed pairs to uint8 `[..., group_size]` of codes 0..15."""
+    xp = _namespace(codes4)
+    return xp.concatenate([codes4 & np.uint8(15), codes4 >> np.uint8(4)], axis=-1)
+
+
+def dequantize(packed: PackedWeight) -> Array:
+    """The weight in float32, `[out_features, in_features]`, rows in output-channel order."""
+    xp = _namespace(packed.codes4)
+    codes4 = unpack_nibbles(packed.codes4).astype(np.float32)
+    zero_points4 = packed.zero_points4.astype(np.float32)[..., None]
+    rows4 = (codes4 - zero_points4) * packed.scales4.astype(np.float32)[..., None]
+    rows8 = packed.codes8.astype(np.float32) * packed.scales8.astype(np.float32)[..., None]
+    rows = xp.concatenate([rows4, rows8], axis=1).transpose(1, 0, 2).reshape(packed.shape)
+    return rows[xp.argsort(packed.channel_order)]
+
+
+def concatenate(weights: Sequence[PackedWeight]) -> PackedWeight:
+    """Fuse layers that share their input: the output channels of the first layer, then of the second, and so on.
+
+    Raises:
+        ValueError: No weights, or weights that differ in `in_features` or `group_size`.
+    """
+    if not weights:
+        raise ValueError("concatenate needs at least one packed weight")
+    first = weights[0]
+    for index, weight in enumerate(weights):
+        if (weight.in_features, weight.group_size) != (first.in_features, first.group_size):
+            raise ValueError(
+                f"weights to concatenate must share in_features and group_size: weight 0 has {first.in_features} and "
+                f"{first.group_size}, weight {index} has {weight.in_features} and {weight.group_size}"
+            )
+    xp = _namespace(first.codes4)
+    offsets = np.cumsum([0] + [weight.out_features for weight in weights])
+    orders = [weight.channel_order + np.int32(offset) for weight, offset in zip(weights, offsets[:-1], strict=True)]
+    orders4 = [order[: weight.n4] for order, weight in zip(orders, weights, strict=True)]
+    orders8 = [order[weight.n4 :] for order, weight in zip(orders, weights, strict=True)]
+
+    def along_channels(name: str) -> Array:
+        return xp.concatenate([getattr(weight, name) for weight in weights], axis=1)
+
+    return PackedWeight(
+        codes4=along_channels("codes4"),
+        scales4=along_channels("scales4"),
+        zero_points4=along_channels("zero_points4"),
+        codes8=along_channels("codes8"),
+        scales8=along_channels("scales8"),
+        channel_order=xp.concatenate(orders4 + orders8),
+        group_size=first.group_size,
+    )
+
+
+def validate(packed: PackedWeight, *, values: bool = False) -> None:
+    """Check shapes and dtypes, and with `values` also the contents (which must then be concrete).
+
+    Raises:
+        ValueError: Naming the field, what was expected and what was found.
+    """
+    if packed.group_size < 2 or packed.group_size % 2:
+        raise ValueError(f"group_size must be a positive even number, found {packed.group_size}")
+    for name, ndim in (("codes4", 3), ("codes8", 3)):
+        if len(getattr(packed, name).shape) != ndim:
+            raise ValueError(f"PackedWeight.{name} must have {ndim} axes, found {getattr(packed, name).shape}")
+    groups, n4, n8 = packed.num_groups, packed.n4, packed.n8
+    expected: dict[str, tuple[tuple[int, ...], Any]] = {
+        "codes4": ((groups, n4, packed.group_size // 2), np.uint8),
+        "scales4": ((groups, n4), np.float16),
+        "zero_points4": ((groups, n4), np.uint8),
+        "codes8": ((groups, n8, packed.group_size), np.int8),
+        "scales8": ((groups, n8), np.float16),
+        "channel_order": ((n4 + n8,), np.int32),
+    }
+    for name, (shape, dtype) in expected.items():
+        array = getattr(packed, name)
+        if tuple(array.shape) != shape or array.dtype != dtype:
+            raise ValueError(
+                f"PackedWeight.{name} must be {np.dtype(dtype).name} {list(shape)}, "
+                f"found {array.dtype} {list(array.shape)}"
+            )
+    if not values:
+        return
+    order = np.asarray(packed.channel_order)
+    if not np.array_equal(np.sort(order), np.arange(n4 + n8)):
+        raise ValueError(f"PackedWeight.channel_order must be a permutation of 0..{n4 + n8 - 1}")
+    zero_points = np.asarray(packed.zero_points4)
+    if zero_points.size and zero_points.max() > 15:
+        raise ValueError(f"PackedWeight.zero_points4 must lie in 0..15, found {zero_points.max()}")
+    for name in ("scales4", "scales8"):
+        if not np.isfinite(np.asarray(getattr(packed, name))).all():
+            raise ValueError(f"PackedWeight.{name} must be finite")
+
+
+def _namespace(array: Array) -> Any:
+    """`numpy` for NumPy arrays, `jax.numpy` otherwise."""
+    return np if isinstance(array, np.ndarray) else jnp

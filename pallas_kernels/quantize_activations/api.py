@@ -1,0 +1,33 @@
+"""`quantize_activations`: checks its arguments and picks an implementation."""
+
+from __future__ import annotations
+
+import jax
+
+from pallas_kernels.activations import QuantizedActivations, validate_input
+from pallas_kernels.quantize_activations import xla
+from pallas_kernels.registry import Implementation, Operation, never_refuses
+
+OPERATION = Operation(
+    name="quantize_activations",
+    implementations={"xla": Implementation(xla.quantize_activations, never_refuses)},
+    prefer=lambda *args, **kwargs: (),
+)
+
+
+def quantize_activations(x: jax.Array, group_size: int, *, implementation: str = "auto") -> QuantizedActivations:
+    """Quantise activations to int8, symmetric, one scale for each token and group of channels.
+
+    scale = absmax / 127 of the group; codes = x / scale, rounded half to even (MixLLM, section 3.1).
+
+    Args:
+        x: Float `[tokens, features]`.
+        group_size: Channels that share a scale; divides `features`.
+        implementation: `auto`, or a name from the registry.
+
+    Raises:
+        ValueError: Wrong rank, dtype or group size, or an unknown implementation.
+        NotImplementedError: The implementation asked for cannot run here, or a gradient is asked for.
+    """
+    validate_input("x", x, group_size)
+    return OPERATION(implementation, x, group_size=group_size)

@@ -1,0 +1,19 @@
+"""XLA reference of the activation quantisation."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.activations import QuantizedActivations
+
+
+def quantize_activations(x: jax.Array, *, group_size: int) -> QuantizedActivations:
+    """Symmetric int8 quantisation of float `[tokens, features]`, one scale for each token and group."""
+    tokens, features = x.shape
+    groups = x.astype(jnp.float32).reshape(tokens, features // group_size, group_size)
+    scales = jnp.max(jnp.abs(groups), axis=-1) / 127.0
+    # An all-zero group has scale 0: any divisor gives its codes, which are 0.
+    divisors = jnp.where(scales > 0, scales, 1.0)[..., None]
+    codes = jnp.clip(jnp.round(groups / divisors), -127, 127).astype(jnp.int8)
+    return QuantizedActivations(codes.reshape(tokens, features), scales.T, group_size)

@@ -1,0 +1,112 @@
+"""Which implementations an operation has, which of them can run here, and which one `auto` picks."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+Reason = str
+"""Why an implementation cannot run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operation.
+
+    Attributes:
+        run: Takes the operation's arrays and settings.
+        refuses: Takes the same arguments as `run`; returns why it cannot compute them here, or None if it can.
+    """
+
+    run: Callable[..., Any]
+    refuses: Callable[..., Reason | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """An operation with its implementations.
+
+    Attributes:
+        name: As in error messages.
+        implementations: By name. Every operation has `xla`, the reference, which never refuses.
+        prefer: Takes the arguments of `run`; returns the names to try in order, fastest first, where `auto` is asked
+            for on a GPU.
+    """
+
+    name: str
+    implementations: dict[str, Implementation]
+    prefer: Callable[..., tuple[str, ...]]
+
+    def choose(self, implementation: str, *args: Any, **kwargs: Any) -> str:
+        """Name of the implementation that will compute these arguments.
+
+        Raises:
+            ValueError: Unknown implementation.
+            NotImplementedError: The implementation asked for cannot run; says why.
+        """
+        if implementation == "auto":
+            names = self.prefer(*args, **kwargs) if default_platform() == "gpu" else ()
+            for name in names:
+                if self.implementations[name].refuses(*args, **kwargs) is None:
+                    return name
+            return "xla"
+        if implementation not in self.implementations:
+            known = ", ".join(["auto", *self.implementations])
+            raise ValueError(f"{self.name}: unknown implementation {implementation!r}; choose one of {known}")
+        reason = self.implementations[implementation].refuses(*args, **kwargs)
+        if reason is not None:
+            raise NotImplementedError(f"{self.name}: implementation {implementation!r} cannot run: {reason}")
+        return implementation
+
+    def __call__(self, implementation: str, *args: Any, **kwargs: Any) -> Any:
+        """Compute with the implementation asked for; see `choose` for the errors."""
+        chosen = self.implementations[self.choose(implementation, *args, **kwargs)]
+
+        # A custom rule, since rounding would otherwise give gradients that are silently zero.
+        @jax.custom_jvp
+        def without_gradient(*arrays: Any) -> Any:
+            return chosen.run(*arrays, **kwargs)
+
+        @without_gradient.defjvp
+        def _refuse(primals: Any, tangents: Any) -> Any:
+            raise NotImplementedError(
+                f"{self.name} has no gradient: the operations on quantised values are for inference; "
+                "differentiate the float model instead"
+            )
+
+        return without_gradient(*args)
+
+
+def never_refuses(*args: Any, **kwargs: Any) -> Reason | None:
+    """The check of the XLA references: they run everywhere."""
+    return None
+
+
+def default_platform() -> str:
+    """Platform on which JAX places arrays by default: `cpu`, `gpu` or `tpu`."""
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if isinstance(device, str):
+        return {"cuda": "gpu", "rocm": "gpu"}.get(device, device)
+    return device.platform if device is not None else jax.default_backend()
+
+
+@functools.cache
+def device_kind() -> str:
+    """Name of the default device, such as `NVIDIA H100 80GB HBM3`."""
+    return jax.devices()[0].device_kind
+
+
+@functools.cache
+def compute_capability() -> tuple[int, int] | None:
+    """Compute capability of the default NVIDIA GPU, or None without one."""
+    if jax.default_backend() != "gpu":
+        return None
+    version = getattr(jax.devices()[0], "compute_capability", None)
+    if version is None:
+        return None
+    major, _, minor = str(version).partition(".")
+    return int(major), int(minor or 0)

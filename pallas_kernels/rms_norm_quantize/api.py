@@ -1,0 +1,54 @@
+"""`rms_norm_quantize`: checks its arguments and picks an implementation."""
+
+from __future__ import annotations
+
+import jax
+
+from pallas_kernels.activations import QuantizedActivations, validate_input
+from pallas_kernels.registry import Implementation, Operation, never_refuses
+from pallas_kernels.rms_norm_quantize import xla
+
+OPERATION = Operation(
+    name="rms_norm_quantize",
+    implementations={"xla": Implementation(xla.rms_norm_quantize, never_refuses)},
+    prefer=lambda *args, **kwargs: (),
+)
+
+
+def rms_norm_quantize(
+    x: jax.Array,
+    norm_weight: jax.Array,
+    epsilon: float,
+    group_size: int,
+    *,
+    residual: jax.Array | None = None,
+    implementation: str = "auto",
+) -> tuple[QuantizedActivations, jax.Array]:
+    """RMSNorm of `x + residual` and the quantisation of its output, in one launch on the GPU.
+
+    normalised = s / sqrt(mean(s^2) + epsilon) * norm_weight with s = x + residual rounded to x's dtype, computed in
+    float32 and quantised without rounding to x's dtype in between.
+
+    Args:
+        x: Float `[tokens, features]`.
+        norm_weight: Float `[features]`.
+        epsilon: Added to the mean square.
+        group_size: Channels that share a scale; divides `features`.
+        residual: Like `x`, added before the norm; None adds nothing.
+        implementation: `auto`, or a name from the registry.
+
+    Returns:
+        The quantised norm, and `x + residual` (`x` itself without a residual) for the next residual connection.
+
+    Raises:
+        ValueError: Shapes or dtypes that do not fit, or an unknown implementation.
+        NotImplementedError: The implementation asked for cannot run here, or a gradient is asked for.
+    """
+    validate_input("x", x, group_size)
+    if tuple(norm_weight.shape) != (x.shape[1],):
+        raise ValueError(f"norm_weight must be [{x.shape[1]}], found {list(norm_weight.shape)}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"residual must be like x, {x.dtype} {list(x.shape)}, found {residual.dtype} {list(residual.shape)}"
+        )
+    return OPERATION(implementation, x, norm_weight, residual, epsilon=epsilon, group_size=group_size)

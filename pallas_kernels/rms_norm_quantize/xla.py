@@ -1,0 +1,20 @@
+"""XLA reference of RMSNorm + quantisation."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.activations import QuantizedActivations
+from pallas_kernels.quantize_activations import xla as quantize_xla
+
+
+def rms_norm_quantize(
+    x: jax.Array, norm_weight: jax.Array, residual: jax.Array | None, *, epsilon: float, group_size: int
+) -> tuple[QuantizedActivations, jax.Array]:
+    """RMSNorm of x (+ residual) in float32, quantised; also returns the sum that was normalised, in x's dtype."""
+    total = x if residual is None else x + residual
+    total32 = total.astype(jnp.float32)
+    inverse_rms = jax.lax.rsqrt(jnp.mean(total32 * total32, axis=-1, keepdims=True) + epsilon)
+    normalized = total32 * inverse_rms * norm_weight.astype(jnp.float32)
+    return quantize_xla.quantize_activations(normalized, group_size=group_size), total

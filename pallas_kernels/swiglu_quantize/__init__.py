@@ -1,0 +1,1 @@
+"""SwiGLU fused with the quantisation of its output."""

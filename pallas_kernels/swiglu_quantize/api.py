@@ -1,0 +1,31 @@
+"""`swiglu_quantize`: checks its arguments and picks an implementation."""
+
+from __future__ import annotations
+
+import jax
+
+from pallas_kernels.activations import QuantizedActivations, validate_input
+from pallas_kernels.registry import Implementation, Operation, never_refuses
+from pallas_kernels.swiglu_quantize import xla
+
+OPERATION = Operation(
+    name="swiglu_quantize",
+    implementations={"xla": Implementation(xla.swiglu_quantize, never_refuses)},
+    prefer=lambda *args, **kwargs: (),
+)
+
+
+def swiglu_quantize(gate_up: jax.Array, group_size: int, *, implementation: str = "auto") -> QuantizedActivations:
+    """silu(gate) * up, quantised to int8 in groups, in one launch on the GPU.
+
+    Args:
+        gate_up: Float `[tokens, 2 * features]`, the gate in the first half.
+        group_size: Channels that share a scale; divides `features`.
+        implementation: `auto`, or a name from the registry.
+
+    Raises:
+        ValueError: Wrong rank, dtype, an odd width or a group size that does not divide, or an unknown implementation.
+        NotImplementedError: The implementation asked for cannot run here, or a gradient is asked for.
+    """
+    validate_input("gate_up", gate_up, 2 * group_size)
+    return OPERATION(implementation, gate_up, group_size=group_size)
