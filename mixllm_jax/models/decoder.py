@@ -1,0 +1,176 @@
+"""The decoder: embedding, blocks, final norm and output head."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from mixllm_jax.models.block import Block
+from mixllm_jax.models.cache import KVCache, LayerCache
+from mixllm_jax.models.config import ModelConfig, layer_part_name
+from mixllm_jax.models.linear import Linear
+from mixllm_jax.models.norm import RMSNorm
+from mixllm_jax.models.parameters import Execution, Parameters, check_parameters
+from mixllm_jax.models.rope import rotary_embedding
+
+
+class Embedding(nnx.Module):
+    """Token embedding, `[vocab, hidden]` in the compute dtype."""
+
+    def __init__(self, weight: Float[Array, "vocab hidden"], dtype: DTypeLike) -> None:
+        self.weight = nnx.Param(jnp.asarray(weight, dtype))
+
+    @classmethod
+    def from_parameters(
+        cls, config: ModelConfig, parameters: Parameters, execution: Execution | None = None
+    ) -> "Embedding":
+        """Builds it from the checkpoint part `embedding`; `CheckpointError` where that does not fit."""
+        check_parameters(config, "embedding", parameters)
+        return cls(parameters["embed.weight"], (execution or Execution()).dtype)
+
+    def __call__(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length hidden"]:
+        """Looks up the rows of int32 `tokens`."""
+        return jnp.take(self.weight.get_value(), tokens, axis=0, mode="clip")
+
+
+class Head(nnx.Module):
+    """Final norm and output projection; with tied embeddings the projection is the embedding's weight."""
+
+    def __init__(self, norm: RMSNorm, lm_head: Linear | None) -> None:
+        self.norm = norm
+        self.lm_head = lm_head
+
+    @classmethod
+    def from_parameters(cls, config: ModelConfig, parameters: Parameters, execution: Execution | None = None) -> "Head":
+        """Builds it from the checkpoint part `final`; `CheckpointError` where that does not fit."""
+        check_parameters(config, "final", parameters)
+        execution = execution or Execution()
+        lm_head = None
+        if "lm_head.weight" in parameters:
+            lm_head = Linear(
+                parameters["lm_head.weight"],
+                dtype=execution.dtype,
+                activation_bits=execution.activation_bits,
+                implementation=execution.implementation,
+            )
+        return cls(RMSNorm(parameters["norm.weight"], config.norm_epsilon), lm_head)
+
+    def __call__(self, x: Float[Array, "*batch hidden"], embedding: Embedding) -> Float[Array, "*batch vocab"]:
+        """Logits, float32; `embedding` is used where there is no projection of its own."""
+        x = self.norm(x)
+        if self.lm_head is not None:
+            return self.lm_head(x).astype(jnp.float32)
+        contracted = (((x.ndim - 1,), (1,)), ((), ()))
+        return jax.lax.dot_general(x, embedding.weight.get_value(), contracted, preferred_element_type=jnp.float32)
+
+
+class Decoder(nnx.Module):
+    """A Llama-family language model (see `from_parameters`).
+
+    Batches are right-padded. A padded token computes garbage that nobody reads: it lies behind every real token of its
+    row, where the causal mask hides it, and the row's next real token overwrites its place in the cache.
+    """
+
+    def __init__(self, config: ModelConfig, embedding: Embedding, layers: list[Block], final: Head) -> None:
+        if len(layers) != config.num_layers:
+            raise ValueError(f"{config.num_layers} layers expected, {len(layers)} given")
+        self.config = config
+        self.embedding = embedding
+        self.layers = nnx.List(layers)
+        self.final = final
+
+    @classmethod
+    def from_parameters(
+        cls,
+        config: ModelConfig,
+        parts: Mapping[str, Parameters] | Callable[[str], Parameters],
+        execution: Execution | None = None,
+    ) -> "Decoder":
+        """Builds a model from the parts of a checkpoint, one after the other; no weight is initialised before.
+
+        Args:
+            config: Model configuration.
+            parts: The parts by name (`config.part_names()`), or a function that reads one.
+            execution: Compute dtype, activation bits and implementation; float32 by default.
+
+        Raises:
+            CheckpointError: A part does not fit the configuration.
+        """
+        read = parts if callable(parts) else parts.__getitem__
+        return cls(
+            config,
+            Embedding.from_parameters(config, read("embedding"), execution),
+            [
+                Block.from_parameters(config, layer, read(layer_part_name(layer)), execution)
+                for layer in range(config.num_layers)
+            ],
+            Head.from_parameters(config, read("final"), execution),
+        )
+
+    def embed(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length hidden"]:
+        """The residual stream before the first block."""
+        return self.embedding(tokens)
+
+    def head(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
+        """Float32 logits from the residual stream after the last block."""
+        return self.final(x, self.embedding)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch length"],
+        cache: KVCache | None = None,
+        *,
+        lengths: Int[Array, " batch"] | None = None,
+        last_only: bool = False,
+    ) -> tuple[Array, KVCache | None]:
+        """Runs the model on new tokens.
+
+        Args:
+            tokens: int32, right-padded.
+            cache: The tokens before; returned anew with these added. None: there are none, and no cache is returned.
+            lengths: int32, valid tokens of each row of `tokens`; all of them by default.
+            last_only: Compute logits of the last valid token of each row alone.
+
+        Returns:
+            Float32 logits `[batch, length, vocab]`, or `[batch, vocab]` with `last_only`; and the cache. The caller
+            keeps `cache.lengths + lengths` within `cache.max_length` (`cache.require_room` checks it on the host).
+
+        Raises:
+            ValueError: `tokens` is longer than the whole cache.
+        """
+        batch, length = tokens.shape
+        if cache is not None and length > cache.max_length:
+            raise ValueError(f"{length} tokens do not fit a cache of {cache.max_length} positions")
+        if lengths is None:
+            lengths = jnp.full((batch,), length, jnp.int32)
+        start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.lengths
+        rotary = rotary_embedding(self.config, start[:, None] + jnp.arange(length, dtype=jnp.int32))
+
+        x = self.embed(tokens)
+        update: Array | None = None
+        layer_caches: list[LayerCache] = []
+        for index, block in enumerate(self.layers):
+            x, update, layer_cache = block.step(x, update, rotary, None if cache is None else cache.layers[index])
+            if layer_cache is not None:
+                layer_caches.append(layer_cache)
+        if update is not None:
+            x = x + update
+        if last_only:
+            x = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        new_cache = None if cache is None else KVCache(tuple(layer_caches), cache.lengths + lengths)
+        return self.head(x), new_cache
+
+
+def random_parameters(config: ModelConfig, part: str, seed: int, scale: float = 0.02) -> dict[str, Any]:
+    """Float32 NumPy parameters of one part for tests and benchmarks: norms near 1, the rest normal with `scale`."""
+    generator = np.random.default_rng([seed, config.part_names().index(part)])
+    return {
+        path: (1.0 if path.endswith("norm.weight") else 0.0)
+        + scale * generator.standard_normal(shape, dtype=np.float32)
+        for path, shape in config.part_shapes(part).items()
+    }

@@ -1,0 +1,79 @@
+"""The one linear layer: float weights, or packed mixed-precision weights with int8 or float activations."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from pallas_kernels import QuantizedActivations, mixed_matmul, quantized_linear
+from pallas_kernels.packing import PackedWeight, dequantize
+
+
+class Linear(nnx.Module):
+    """y = x W^T + b.
+
+    Attributes:
+        weight: nnx.Param holding a float array `[out_features, in_features]` or a `PackedWeight`.
+        bias: nnx.Param holding a float array `[out_features]`, or None.
+        dtype: Compute dtype; also the dtype of the result where the input is `QuantizedActivations`.
+        activation_bits: For packed weights: 8 runs the integer arithmetic of the format; 16 de-quantises the weights
+            and leaves the activations as they are (for comparison rows such as W4A16, not for speed).
+        implementation: Which implementation of the operations in `pallas_kernels` to use.
+    """
+
+    def __init__(
+        self,
+        weight: Float[Array, "out_features in_features"] | PackedWeight,
+        bias: Float[Array, " out_features"] | None = None,
+        *,
+        dtype: DTypeLike,
+        activation_bits: Literal[8, 16] = 8,
+        implementation: str = "auto",
+    ) -> None:
+        if activation_bits not in (8, 16):
+            raise ValueError(f"activation_bits must be 8 or 16, found {activation_bits}")
+        if isinstance(weight, PackedWeight):
+            self.weight = nnx.Param(jax.tree.map(jnp.asarray, weight))
+        else:
+            self.weight = nnx.Param(jnp.asarray(weight, dtype))
+        self.bias = None if bias is None else nnx.Param(jnp.asarray(bias, dtype))
+        self.dtype = jnp.dtype(dtype)
+        self.activation_bits = activation_bits
+        self.implementation = implementation
+
+    @property
+    def group_size(self) -> int | None:
+        """Group size of the int8 activations this layer accepts, None where it needs float activations."""
+        weight = self.weight.get_value()
+        return weight.group_size if isinstance(weight, PackedWeight) and self.activation_bits == 8 else None
+
+    def __call__(self, x: Float[Array, "*batch in_features"] | QuantizedActivations) -> Array:
+        """Applies the layer.
+
+        Args:
+            x: Float `[..., in_features]`, or, where `group_size` is not None, activations quantised with that group
+                size, which stand for a `[tokens, in_features]` array.
+
+        Returns:
+            `[..., out_features]` in the dtype of a float `x`, or `[tokens, out_features]` in `dtype`.
+
+        Raises:
+            ValueError: Quantised activations were handed to a layer that cannot take them.
+        """
+        weight = self.weight.get_value()
+        bias = None if self.bias is None else self.bias.get_value()
+        if isinstance(x, QuantizedActivations):
+            if not isinstance(weight, PackedWeight) or self.group_size is None:
+                raise ValueError("this layer's weights or activations are float: it takes no QuantizedActivations")
+            return mixed_matmul(x, weight, bias, out_dtype=self.dtype, implementation=self.implementation)
+        if isinstance(weight, PackedWeight):
+            if self.group_size is not None:
+                flat = x.reshape(-1, x.shape[-1])
+                y = quantized_linear(flat, weight, bias, out_dtype=x.dtype, implementation=self.implementation)
+                return y.reshape(*x.shape[:-1], y.shape[-1])
+            weight = dequantize(weight)
+        y = jax.lax.dot_general(x, weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+        return y if bias is None else y + bias.astype(y.dtype)
