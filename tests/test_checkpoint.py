@@ -14,9 +14,21 @@ import pytest
 
 from mixllm_jax.checkpoint import METADATA_FILE, CheckpointReader, CheckpointWriter
 from mixllm_jax.errors import CheckpointError, OptionError, OutputExistsError, StorageError
+from mixllm_jax.models.config import ModelConfig
 from pallas_kernels.packing import PackedWeight
 
-METADATA = {"kind": "float", "config": {"num_layers": 1}}
+CONFIG = ModelConfig(
+    architecture="llama",
+    vocab_size=7,
+    hidden_size=4,
+    intermediate_size=8,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=2,
+    max_position_embeddings=16,
+)
+METADATA = {"kind": "float", "config": CONFIG.to_dict()}
 PARTS = ("embedding", "layer_0000", "final")
 
 
@@ -221,7 +233,7 @@ def test_missing_parts_are_listed_together(tmp_path):
         ({"format_version": 2}, "version 2.*pip install -U"),
         ({"kind": "ternary"}, "ternary.*float, quantized"),
         ({"parts": None}, "damaged"),
-        ({"config": {}}, "num_layers"),
+        ({"config": {}}, "mixllm.json.*num_layers"),
     ],
 )
 def test_metadata_that_cannot_be_read(tmp_path, change, message):

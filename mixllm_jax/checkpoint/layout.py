@@ -20,11 +20,6 @@ Part: TypeAlias = dict[str, "np.ndarray | PackedWeight"]
 _PACKED_ARRAYS = ("codes4", "scales4", "zero_points4", "codes8", "scales8", "channel_order")
 
 
-def part_names(num_layers: int) -> list[str]:
-    """Names of the parts of a model with `num_layers` blocks, in the order of a forward pass."""
-    return ["embedding", *(f"layer_{i:04d}" for i in range(num_layers)), "final"]
-
-
 def flatten(part: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, dict[str, int]]]:
     """Splits packed weights into arrays named `NAME.codes4` etc., and what is left to describe them."""
     arrays: dict[str, np.ndarray] = {}

@@ -6,16 +6,14 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from mixllm_jax.checkpoint.layout import FORMAT_VERSION, KINDS, METADATA_FILE, Part, describe, part_names, unflatten
+from mixllm_jax.checkpoint.layout import FORMAT_VERSION, KINDS, METADATA_FILE, Part, describe, unflatten
 from mixllm_jax.checkpoint.storage import load_arrays
 from mixllm_jax.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from mixllm_jax.models.config import ModelConfig
+from mixllm_jax.models.config import ModelConfig
 
 
 class CheckpointReader:
@@ -24,6 +22,7 @@ class CheckpointReader:
     Attributes:
         path: the folder.
         metadata: the content of `mixllm.json`.
+        config: the model configuration.
 
     Raises:
         CheckpointError: not a model folder, a newer format version, or parts are missing.
@@ -32,9 +31,12 @@ class CheckpointReader:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
         self.metadata = _read_metadata(self.path)
-        parts = self.metadata["parts"]
-        expected = set(part_names(int(self.metadata["config"]["num_layers"]))) | set(parts)
-        missing = [n for n in sorted(expected) if n not in parts or not (self.path / "parts" / n).is_dir()]
+        try:
+            self.config = ModelConfig.from_dict(self.metadata["config"])
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path / METADATA_FILE}: {error}") from error
+        parts, expected = self.metadata["parts"], self.config.part_names()
+        missing = [n for n in expected if n not in parts or not (self.path / "parts" / n).is_dir()]
         if missing:
             raise CheckpointError(
                 f"{self.path}: {len(missing)} of {len(expected)} parts are missing: {', '.join(missing)}. "
@@ -45,18 +47,6 @@ class CheckpointReader:
     def kind(self) -> str:
         """`float` or `quantized`."""
         return str(self.metadata["kind"])
-
-    @property
-    def config(self) -> ModelConfig:
-        """The model configuration."""
-        from mixllm_jax.models.config import ModelConfig
-
-        try:
-            return ModelConfig.from_dict(self.metadata["config"])
-        except (TypeError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"{self.path / METADATA_FILE}: the model configuration is not valid: {error}"
-            ) from error
 
     def read_part(self, name: str) -> Part:
         """Reads one part, and checks every array against `mixllm.json`.
@@ -89,7 +79,7 @@ class CheckpointReader:
 
     def read_parts(self, workers: int = 4) -> Iterator[tuple[str, Part]]:
         """Reads all parts in the order of the forward pass, a few ahead of the caller."""
-        names = part_names(int(self.metadata["config"]["num_layers"]))
+        names = self.config.part_names()
         with ThreadPoolExecutor(workers) as pool:
             pending = {name: pool.submit(self.read_part, name) for name in names[:workers]}
             for i, name in enumerate(names):
@@ -122,7 +112,7 @@ def _read_metadata(path: Path) -> dict[str, Any]:
     if metadata.get("kind") not in KINDS:
         raise CheckpointError(f"{file}: kind is {metadata.get('kind')!r}, expected one of {', '.join(KINDS)}.")
     well_formed = isinstance(metadata.get("parts"), dict) and isinstance(metadata.get("config"), dict)
-    if not well_formed or not isinstance(metadata["config"].get("num_layers"), int):
+    if not well_formed:
         raise CheckpointError(
             f"{file} is damaged: 'parts' or 'config' (with 'num_layers') is missing. Copy the folder again."
         )

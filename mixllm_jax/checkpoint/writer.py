@@ -15,9 +15,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from mixllm_jax.checkpoint.layout import FORMAT_VERSION, KINDS, METADATA_FILE, describe, flatten, part_names
+from mixllm_jax.checkpoint.layout import FORMAT_VERSION, KINDS, METADATA_FILE, describe, flatten
 from mixllm_jax.checkpoint.storage import save_arrays, sync_directory, to_json, write_file_atomically
 from mixllm_jax.errors import OptionError, OutputExistsError, StorageError
+from mixllm_jax.models.config import ModelConfig
 
 _PART_NAME = re.compile(r"[a-z0-9_]+")
 _LOCK_FILE = ".lock"
@@ -122,7 +123,7 @@ class CheckpointWriter:
         Raises:
             ValueError: a part of the model was not written.
         """
-        names = part_names(int(self._metadata["config"]["num_layers"]))
+        names = ModelConfig.from_dict(self._metadata["config"]).part_names()
         if missing := [name for name in names if not self.has_part(name)]:
             raise ValueError(f"finish() before these parts were written: {', '.join(missing)}")
         with _readable_os_errors(self.out_dir):

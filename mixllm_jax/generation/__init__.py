@@ -1,1 +1,7 @@
-"""Text generation: prefill, decode, sampling, streaming."""
+"""Text generation: prefill, decoding with a cache, sampling, streaming."""
+
+from mixllm_jax.generation.engine import Engine, Generation, PromptCache
+from mixllm_jax.generation.sampling import SamplingSettings
+from mixllm_jax.generation.streaming import IncrementalDetokenizer
+
+__all__ = ["Engine", "Generation", "IncrementalDetokenizer", "PromptCache", "SamplingSettings"]

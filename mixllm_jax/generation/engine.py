@@ -1,0 +1,336 @@
+"""Prefill and decoding, on token ids.
+
+Two jitted functions do all the work: `_prefill` runs one chunk of the prompts through the model into the key/value
+cache, `_decode` runs a loop of decode steps on the device, sampling included. Both give their cache buffers up
+(donation). Lengths are rounded up to a few sizes (`round_up_length`), so that prompts of any length meet programs that
+are compiled already.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from mixllm_jax.errors import OptionError
+from mixllm_jax.generation.sampling import Sampler, SamplingSettings
+from mixllm_jax.models.cache import KVCache, require_room
+from mixllm_jax.models.decoder import Decoder
+
+PREFILL_CHUNK = 512
+"""Most tokens of a row in one prefill step: bounds the activations of a long prompt."""
+_SMALLEST_BUCKET = 16
+_SMALLEST_CACHE = 128
+_DECODE_CHUNK = 32
+"""Most tokens between two looks of the host at the result."""
+_MAX_STOP_TOKENS = 16
+_STREAM_INTERVAL = 0.05
+"""Seconds of text that a stream collects on the device; well below what a reader notices."""
+NO_TOKEN = -1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """What a decode step needs and renews.
+
+    Attributes:
+        cache: keys and values of every token but the last sampled one.
+        token: int32 `[batch]`, the last sampled token.
+        generated: int32 `[batch]`, tokens sampled so far.
+        active: bool `[batch]`, rows that go on.
+    """
+
+    cache: KVCache
+    token: Int[Array, " batch"]
+    generated: Int[Array, " batch"]
+    active: Bool[Array, " batch"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StopRules:
+    """When a row is finished: after any of `tokens` (int32, padded with -1), or after `max_tokens` (int32)."""
+
+    tokens: Int[Array, " stops"]
+    max_tokens: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """The generated tokens of one prompt (a stop token not included), and why they ended."""
+
+    tokens: list[int]
+    finish_reason: Literal["stop", "length"]
+
+
+@functools.partial(jax.jit, donate_argnames=("cache", "last_logits"))
+def _prefill(
+    model: Decoder,
+    cache: KVCache,
+    last_logits: Float[Array, "batch vocab"],
+    tokens: Int[Array, "batch length"],
+    lengths: Int[Array, " batch"],
+) -> tuple[KVCache, Array]:
+    """One chunk of right-padded prompts; rows without tokens in this chunk keep their logits."""
+    logits, new_cache = model(tokens, cache, lengths=lengths, last_only=True)
+    assert new_cache is not None
+    return new_cache, jnp.where((lengths > 0)[:, None], logits, last_logits)
+
+
+@jax.jit
+def _first_token(
+    sampler: Sampler, stop: StopRules, row_keys: Key[Array, " batch"], logits: Float[Array, "batch vocab"]
+) -> tuple[Array, Array, Array]:
+    generated = jnp.zeros(logits.shape[0], jnp.int32)
+    token = sampler.sample(_step_keys(row_keys, generated), logits)
+    generated += 1
+    return token, generated, ~_is_finished(stop, token, generated)
+
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+def _decode(
+    model: Decoder,
+    state: DecodeState,
+    sampler: Sampler,
+    stop: StopRules,
+    row_keys: Key[Array, " batch"],
+    steps: Int[Array, ""],
+) -> tuple[DecodeState, Int[Array, "batch chunk"]]:
+    """Up to `steps` decode steps, fewer when every row is finished; `NO_TOKEN` where a row gave none."""
+
+    def unfinished(carry: tuple[Array, DecodeState, Array]) -> Array:
+        step, state, _ = carry
+        return (step < steps) & state.active.any()
+
+    def decode_step(carry: tuple[Array, DecodeState, Array]) -> tuple[Array, DecodeState, Array]:
+        step, state, tokens = carry
+        # A finished row feeds its last token again and again, but its cache does not grow.
+        logits, cache = model(state.token[:, None], state.cache, lengths=state.active.astype(jnp.int32), last_only=True)
+        assert cache is not None
+        token = sampler.sample(_step_keys(row_keys, state.generated), logits)
+        generated = state.generated + state.active
+        emitted = jnp.where(state.active, token, NO_TOKEN)
+        active = state.active & ~_is_finished(stop, token, generated)
+        token = jnp.where(state.active, token, state.token)
+        return step + 1, DecodeState(cache, token, generated, active), tokens.at[:, step].set(emitted)
+
+    empty = jnp.full((state.token.shape[0], _DECODE_CHUNK), NO_TOKEN, jnp.int32)
+    _, state, tokens = jax.lax.while_loop(unfinished, decode_step, (jnp.int32(0), state, empty))
+    return state, tokens
+
+
+def _step_keys(row_keys: Key[Array, " batch"], generated: Int[Array, " batch"]) -> Key[Array, " batch"]:
+    """Keys by row and position in the row's text: how the steps are cut into chunks changes nothing."""
+    return jax.vmap(jax.random.fold_in)(row_keys, generated)
+
+
+def _is_finished(
+    stop: StopRules, token: Int[Array, " batch"], generated: Int[Array, " batch"]
+) -> Bool[Array, " batch"]:
+    return (token[:, None] == stop.tokens).any(-1) | (generated >= stop.max_tokens)
+
+
+def round_up_length(length: int, smallest: int, largest: int) -> int:
+    """The next of 2^i and 1.5 * 2^i from `smallest` on, at most `largest`: few shapes, at most a third of it unused."""
+    size = smallest
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return min(size, largest)
+
+
+class Engine:
+    """Generates tokens with one model.
+
+    Attributes:
+        model: the decoder.
+        max_length: the longest context, prompt and generated tokens together.
+        cache_dtype: dtype of the key/value cache, the model's compute dtype.
+    """
+
+    def __init__(self, model: Decoder) -> None:
+        self.model = model
+        self.max_length = model.config.max_position_embeddings
+        self.cache_dtype = model.embedding.weight.get_value().dtype
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        sampling: SamplingSettings | None = None,
+        stop_tokens: Sequence[int] = (),
+        interval: float = _STREAM_INTERVAL,
+        prompt_cache: PromptCache | None = None,
+    ) -> Iterator[list[list[int]]]:
+        """Yields the new tokens of every row as they come, about every `interval` seconds.
+
+        The device works on the next tokens while the caller handles these. A row's stop token is among its tokens.
+
+        Args:
+            prompts: token ids, one list a row; their lengths may differ.
+            max_tokens: most tokens to generate for each row.
+            sampling: how to choose tokens; greedy by default.
+            stop_tokens: a row ends after any of these.
+            interval: seconds between two yields; `inf` for as few as possible.
+            prompt_cache: keeps the context of a single row from one call to the next.
+
+        Raises:
+            OptionError: an empty prompt, a token outside the vocabulary, or a prompt that leaves too little room for
+                `max_tokens` in the context; raised here, before any work, and not at the first token.
+        """
+        sampling = sampling or SamplingSettings()
+        self._check(prompts, max_tokens, stop_tokens)
+        if prompt_cache is not None and len(prompts) != 1:
+            raise ValueError(f"a prompt cache serves one prompt at a time, got {len(prompts)}")
+        return self._stream(prompts, max_tokens, sampling, stop_tokens, interval, prompt_cache)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        sampling: SamplingSettings | None = None,
+        stop_tokens: Sequence[int] = (),
+    ) -> list[Generation]:
+        """Generates for all prompts in one batch; see `stream` for the arguments."""
+        tokens: list[list[int]] = [[] for _ in prompts]
+        chunks = self.stream(
+            prompts, max_tokens=max_tokens, sampling=sampling, stop_tokens=stop_tokens, interval=float("inf")
+        )
+        for chunk in chunks:
+            for row, new in zip(tokens, chunk, strict=True):
+                row.extend(new)
+        return [finish(row, stop_tokens) for row in tokens]
+
+    def _stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        sampling: SamplingSettings,
+        stop_tokens: Sequence[int],
+        interval: float,
+        prompt_cache: PromptCache | None,
+    ) -> Iterator[list[list[int]]]:
+        sampler = Sampler.from_settings(sampling)
+        padding = [NO_TOKEN] * (_MAX_STOP_TOKENS - len(stop_tokens))
+        stop = StopRules(jnp.asarray([*stop_tokens, *padding], jnp.int32), jnp.int32(max_tokens))
+        row_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), jnp.arange(len(prompts)))
+
+        cache, held = self._cache_for(prompts, max(map(len, prompts)) + max_tokens, prompt_cache)
+        cache, logits = self._prefill_rows(cache, [prompt[held:] for prompt in prompts])
+        token, generated, active = _first_token(sampler, stop, row_keys, logits)
+        state = DecodeState(cache, token, generated, active)
+
+        first_row: list[int] = []
+        try:
+            pending, pending_steps, steps = token[:, None], 1, _steps_within(interval, 0.0)
+            began = time.monotonic()
+            while True:
+                # The next chunk is under way before the host waits for this one; without active rows it is empty.
+                state, following = _decode(self.model, state, sampler, stop, row_keys, jnp.int32(steps))
+                rows = [[int(t) for t in row if t != NO_TOKEN] for row in np.asarray(pending)]
+                if not any(rows):
+                    break
+                first_row += rows[0]
+                yield rows
+                now = time.monotonic()
+                seconds_per_step, began = (now - began) / pending_steps, now
+                pending, pending_steps, steps = following, steps, _steps_within(interval, seconds_per_step)
+        except GeneratorExit:
+            pass  # the caller has read enough; the cache is sound
+        if prompt_cache is not None:
+            # The last sampled token has not been through the model.
+            prompt_cache.put(state.cache, [*prompts[0], *first_row][:-1])
+
+    def _check(self, prompts: Sequence[Sequence[int]], max_tokens: int, stop_tokens: Sequence[int]) -> None:
+        if max_tokens < 1:
+            raise OptionError(f"max-tokens must be at least 1, found {max_tokens}")
+        if not prompts:
+            raise OptionError("no prompt was given")
+        if len(stop_tokens) > _MAX_STOP_TOKENS:
+            raise OptionError(f"at most {_MAX_STOP_TOKENS} stop tokens are possible, got {len(stop_tokens)}")
+        vocab_size = self.model.config.vocab_size
+        for index, prompt in enumerate(prompts):
+            if not prompt:
+                raise OptionError(f"prompt {index + 1} of {len(prompts)} is empty: it must have at least one token")
+            if not all(0 <= token < vocab_size for token in prompt):
+                raise OptionError(
+                    f"prompt {index + 1} of {len(prompts)} has tokens outside the model's vocabulary of {vocab_size}: "
+                    "the tokenizer belongs to another model"
+                )
+        require_room([len(prompt) for prompt in prompts], max_tokens, self.max_length)
+
+    def _cache_for(
+        self, prompts: Sequence[Sequence[int]], positions: int, prompt_cache: PromptCache | None
+    ) -> tuple[KVCache, int]:
+        """A cache with room for `positions`, and how many tokens of the prompts are in it already."""
+        size = round_up_length(positions, _SMALLEST_CACHE, self.max_length)
+        if prompt_cache is not None and (held := prompt_cache.take(prompts[0], size)) is not None:
+            return held
+        return KVCache.zeros(self.model.config, len(prompts), size, self.cache_dtype), 0
+
+    def _prefill_rows(self, cache: KVCache, prompts: Sequence[Sequence[int]]) -> tuple[KVCache, Array]:
+        """Runs the prompts through the model chunk by chunk; returns the logits after each row's last token."""
+        logits: Array = jnp.zeros((len(prompts), self.model.config.vocab_size), jnp.float32)
+        longest = max(map(len, prompts))
+        for offset in range(0, longest, PREFILL_CHUNK):
+            bucket = round_up_length(min(longest - offset, PREFILL_CHUNK), _SMALLEST_BUCKET, cache.max_length)
+            tokens = np.zeros((len(prompts), bucket), np.int32)
+            lengths = np.zeros(len(prompts), np.int32)
+            for row, prompt in enumerate(prompts):
+                part = prompt[offset : offset + PREFILL_CHUNK]
+                tokens[row, : len(part)] = part
+                lengths[row] = len(part)
+            cache, logits = _prefill(self.model, cache, logits, jnp.asarray(tokens), jnp.asarray(lengths))
+        return cache, logits
+
+
+class PromptCache:
+    """Keeps the key/value cache of a conversation, so that the next turn runs only what is new."""
+
+    def __init__(self) -> None:
+        self._cache: KVCache | None = None
+        self._tokens: list[int] = []
+
+    def take(self, prompt: Sequence[int], size: int) -> tuple[KVCache, int] | None:
+        """Hands the cache out, grown to at least `size` positions and cut to the part that agrees with `prompt`."""
+        cache, self._cache = self._cache, None
+        if cache is None:
+            return None
+        agreeing = 0
+        for held, wanted in zip(
+            self._tokens, prompt[:-1], strict=False
+        ):  # the last token must run: it gives the logits
+            if held != wanted:
+                break
+            agreeing += 1
+        if size > cache.max_length:
+            room = ((0, 0), (0, size - cache.max_length), (0, 0), (0, 0))
+            cache = dataclasses.replace(cache, layers=jax.tree.map(lambda array: jnp.pad(array, room), cache.layers))
+        return dataclasses.replace(cache, lengths=jnp.full_like(cache.lengths, agreeing)), agreeing
+
+    def put(self, cache: KVCache, tokens: list[int]) -> None:
+        """Keeps the cache of these tokens."""
+        self._cache, self._tokens = cache, tokens
+
+
+def finish(tokens: Sequence[int], stop_tokens: Sequence[int]) -> Generation:
+    """Takes the stop token off a finished row."""
+    if tokens and tokens[-1] in stop_tokens:
+        return Generation(list(tokens[:-1]), "stop")
+    return Generation(list(tokens), "length")
+
+
+def _steps_within(interval: float, seconds_per_step: float) -> int:
+    """Decode steps that take about `interval` seconds; one to begin with where the speed is not known yet."""
+    if interval == float("inf"):
+        return _DECODE_CHUNK
+    return int(min(_DECODE_CHUNK, max(1.0, interval / seconds_per_step))) if seconds_per_step > 0 else 1
