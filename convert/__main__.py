@@ -1,0 +1,63 @@
+"""`convert --from-hf PATH_OR_HUB_ID --out DIR`, `convert --from-gguf FILE --out DIR`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from mixllm_jax.errors import MixLLMError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="convert",
+        description="Convert a Hugging Face or GGUF checkpoint to a model folder that mixllm reads.",
+        epilog="Afterwards: mixllm generate DIR --prompt ..., mixllm quantize DIR --out DIR4 --bits 4.4",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--from-hf",
+        metavar="PATH_OR_HUB_ID",
+        help="folder of a checkpoint (safetensors, or PyTorch .bin), or a hub id such as Qwen/Qwen2.5-0.5B",
+    )
+    source.add_argument("--from-gguf", metavar="FILE", help="a GGUF file")
+    parser.add_argument("--out", metavar="DIR", required=True, help="the model folder to create")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="dtype of the stored weights (auto: as in the checkpoint; de-quantised GGUF tensors become float32)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it is a model folder already")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 0, 1 after an error, 130 after Ctrl-C."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        from convert.converter import convert_from_gguf, convert_from_hf  # late: --help needs none of it
+
+        if arguments.from_hf is not None:
+            done = convert_from_hf(
+                arguments.from_hf, arguments.out, dtype=arguments.dtype, overwrite=arguments.overwrite
+            )
+        else:
+            done = convert_from_gguf(
+                arguments.from_gguf, arguments.out, dtype=arguments.dtype, overwrite=arguments.overwrite
+            )
+    except MixLLMError as error:
+        print(f"convert: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("convert: interrupted; nothing was left behind", file=sys.stderr)
+        return 130
+    print(
+        f"{done.folder}: {done.config.architecture}, {done.config.num_layers} layers, "
+        f"{done.parameters / 1e6:.1f} million parameters, {done.nbytes / 1e6:.1f} MB"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

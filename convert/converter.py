@@ -1,0 +1,197 @@
+"""Converts a foreign checkpoint to a model folder, one part at a time."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from convert import gguf_config, gguf_tokenizer, hf_config, names
+from convert.gguf_reader import GGUFReader
+from convert.hub import find_checkpoint
+from convert.safetensors_reader import SafetensorsReader, read_index
+from convert.tensors import FLOAT_DTYPES, TensorReader, check_finite, check_tensors
+from convert.torch_reader import TorchReader
+from mixllm_jax.checkpoint import CheckpointWriter
+from mixllm_jax.errors import CheckpointError, OptionError
+from mixllm_jax.models.config import ModelConfig
+
+COMPANION_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Files of a Hugging Face checkpoint that go along as they are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What was converted: the folder, the model's configuration, its parameters and their bytes."""
+
+    folder: Path
+    config: ModelConfig
+    parameters: int
+    nbytes: int
+
+
+def convert_from_hf(
+    path_or_id: str, out_dir: str | Path, *, dtype: str = "auto", overwrite: bool = False, progress: bool = True
+) -> Conversion:
+    """Converts a Hugging Face checkpoint.
+
+    Args:
+        path_or_id: Folder with `config.json` and safetensors (or PyTorch .bin) files, or a hub id.
+        out_dir: The model folder to create; it appears only when it is whole.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto` to keep each tensor's.
+        overwrite: Replace an existing model folder.
+        progress: Show a progress bar.
+
+    Raises:
+        MixLLMError: The input is damaged, incomplete or unsupported, or the output cannot be written.
+    """
+    folder = find_checkpoint(path_or_id)
+    config = hf_config.read_config(folder)
+    reader = _open_weights(folder)
+
+    def copy_companions(writer: CheckpointWriter) -> None:
+        for name in COMPANION_FILES:
+            if (folder / name).is_file():
+                writer.copy_file(folder / name)
+
+    source = {"format": "huggingface", "name": path_or_id if not Path(path_or_id).exists() else folder.resolve().name}
+    return _convert(
+        config,
+        reader,
+        names.HUGGING_FACE,
+        str(folder),
+        source,
+        copy_companions,
+        Path(out_dir),
+        dtype,
+        overwrite,
+        progress,
+    )
+
+
+def convert_from_gguf(
+    file: str | Path, out_dir: str | Path, *, dtype: str = "auto", overwrite: bool = False, progress: bool = True
+) -> Conversion:
+    """Converts a GGUF file, with its tokenizer and chat template; arguments and errors as in `convert_from_hf`.
+
+    With `auto`, quantised tensors become float32, which holds their values exactly.
+    """
+    file = Path(file).expanduser()
+    if not file.is_file():
+        raise CheckpointError(f"{file} is not a file; give a .gguf file")
+    reader = GGUFReader(file)
+    config = gguf_config.read_config(reader)
+
+    def write_companions(writer: CheckpointWriter) -> None:
+        for name, content in gguf_tokenizer.tokenizer_files(reader, config).items():
+            writer.write_file(name, content)
+
+    source = {"format": "gguf", "name": file.name}
+    return _convert(
+        config, reader, names.GGUF, str(file), source, write_companions, Path(out_dir), dtype, overwrite, progress
+    )
+
+
+def _open_weights(folder: Path) -> TensorReader:
+    """The weight files of a Hugging Face checkpoint: safetensors, else PyTorch .bin; single, else with an index."""
+    for pattern, single, open_files in (
+        ("*.safetensors", "model.safetensors", SafetensorsReader),
+        ("*.bin", "pytorch_model.bin", TorchReader),
+    ):
+        index = folder / f"{single}.index.json"
+        if index.is_file():
+            return _open_shards(index, open_files)
+        if (folder / single).is_file():
+            return open_files([folder / single])
+        shards = sorted(folder.glob(f"{Path(single).stem}-*-of-*{Path(single).suffix}"))
+        if shards:
+            raise CheckpointError(f"{folder} holds shards but not their index {index.name}: download it too")
+        others = sorted(folder.glob(pattern)) if pattern == "*.safetensors" else []
+        if len(others) == 1:
+            return open_files(others)
+    raise CheckpointError(
+        f"{folder} holds no weights: expected model.safetensors, model.safetensors.index.json with its shards, or "
+        "pytorch_model.bin"
+    )
+
+
+def _open_shards(index: Path, open_files: Callable[[list[Path]], TensorReader]) -> TensorReader:
+    files, weight_map = read_index(index)
+    reader = open_files(files)
+    lost = sorted(set(weight_map) - set(reader.shapes))
+    if lost:
+        raise CheckpointError(
+            f"{index}: {len(lost)} tensors are in no shard: {', '.join(lost[:20])}{' ...' if len(lost) > 20 else ''}"
+        )
+    return reader
+
+
+def _convert(
+    config: ModelConfig,
+    reader: TensorReader,
+    naming: names.Naming,
+    where: str,
+    source: dict[str, str],
+    write_companions: Callable[[CheckpointWriter], None],
+    out_dir: Path,
+    dtype: str,
+    overwrite: bool,
+    progress: bool,
+) -> Conversion:
+    if dtype != "auto" and dtype not in FLOAT_DTYPES:
+        raise OptionError(f"dtype must be auto, {', '.join(FLOAT_DTYPES)}, found {dtype!r}")
+    check_tensors(names.expected_tensors(naming, config), reader.shapes, names.ignored_tensors(naming, config), where)
+    metadata = {"kind": "float", "config": config.to_dict(), "source": source | {"dtype": dtype}}
+    parameters = nbytes = 0
+    with CheckpointWriter(out_dir, metadata, overwrite) as writer:
+        write_companions(writer)
+        for part in tqdm(config.part_names(), desc="convert", unit="part", disable=not progress):
+            arrays = {
+                path: _read_parameter(reader, [name for name, _ in tensors], dtype, where)
+                for path, tensors in names.part_sources(naming, config, part).items()
+            }
+            parameters += sum(array.size for array in arrays.values())
+            nbytes += sum(array.nbytes for array in arrays.values())
+            writer.write_part(part, arrays)
+        writer.finish()
+    return Conversion(out_dir, config, parameters, nbytes)
+
+
+def _read_parameter(reader: TensorReader, tensors: list[str], dtype: str, where: str) -> np.ndarray:
+    """Reads the tensors a parameter consists of, checks and joins them."""
+    pieces = [_read_tensor(reader, name, dtype, where) for name in tensors]
+    if len(pieces) == 1:
+        return pieces[0]
+    dtypes = {piece.dtype for piece in pieces}
+    # float16 and bfloat16 hold values the other does not; float32 holds both.
+    return np.concatenate(pieces, dtype=dtypes.pop() if len(dtypes) == 1 else np.float32)
+
+
+def _read_tensor(reader: TensorReader, name: str, dtype: str, where: str) -> np.ndarray:
+    values = reader.read(name)
+    check_finite(values, f"{where}: tensor {name}")
+    if dtype == "auto" or values.dtype == FLOAT_DTYPES[dtype]:
+        return values
+    with np.errstate(over="ignore"):  # looked for below
+        narrowed = values.astype(FLOAT_DTYPES[dtype])
+    if dtype == "float16":
+        try:
+            check_finite(narrowed, name)
+        except CheckpointError as error:
+            raise OptionError(
+                f"{where}: tensor {name} has values beyond the range of float16; use --dtype bfloat16 or float32"
+            ) from error
+    return narrowed
