@@ -1,0 +1,54 @@
+"""`mixllm VERB ...`: picks the verb's module, and imports no other."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+
+from mixllm_jax.cli.runner import keep_compiled_programs, run_command
+
+VERBS = {
+    "convert": ("convert.__main__", "convert a Hugging Face or GGUF checkpoint to a model folder"),
+    "quantize": ("mixllm_jax.cli.quantize", "quantize a model folder to mixed 4/8-bit weights"),
+    "generate": ("mixllm_jax.cli.generate", "generate text"),
+    "chat": ("mixllm_jax.cli.chat", "talk to a model"),
+    "perplexity": ("mixllm_jax.cli.perplexity", "perplexity of models, and how far they are from the first"),
+    "inspect": ("mixllm_jax.cli.inspect", "bits per weight, sizes and 8-bit shares of a model folder"),
+    "accuracy": ("mixllm_jax.cli.accuracy", "table of perplexity over schemes and allocations"),
+    "demo": ("mixllm_jax.cli.demo", "fetch SmolLM2-135M, quantize it, and compare"),
+}
+
+
+def build_parser(verb: str | None) -> argparse.ArgumentParser:
+    """The parser with the arguments of one verb; the other verbs are there by name alone."""
+    parser = argparse.ArgumentParser(
+        prog="mixllm", description="Mixed 4/8-bit quantization of language models in JAX (MixLLM, arXiv 2412.14590)."
+    )
+    parser.add_argument("--version", action="version", version=f"mixllm {importlib.metadata.version('mixllm-jax')}")
+    subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, (module, help_text) in VERBS.items():
+        subparser = subparsers.add_parser(
+            name, help=help_text, description=f"{help_text[0].upper()}{help_text[1:]}.", allow_abbrev=False
+        )
+        if name == verb:
+            verb_module = importlib.import_module(module)
+            verb_module.add_arguments(subparser)
+            subparser.set_defaults(run=verb_module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the `mixllm` command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    keep_compiled_programs()
+    verb = argv[0] if argv and argv[0] in VERBS else None
+    arguments = build_parser(verb).parse_args(argv)
+    return run_command(functools.partial(arguments.run, arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

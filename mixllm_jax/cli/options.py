@@ -1,0 +1,69 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mixllm_jax.loading import GenerationOptions, LoadedModel
+
+
+def add_execution_options(parser: argparse.ArgumentParser) -> None:
+    """How to compute."""
+    group = parser.add_argument_group("execution")
+    group.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="compute dtype; auto is bfloat16 on a GPU and float32 on a CPU (default: auto)",
+    )
+    group.add_argument(
+        "--implementation",
+        default="auto",
+        metavar="NAME",
+        help="implementation of the quantized operations: auto, xla, triton, mosaic_gpu (default: auto)",
+    )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, *, temperature: float, top_p: float) -> None:
+    """How to choose tokens."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-tokens", type=int, default=256, metavar="N", help="most new tokens (default: 256)")
+    group.add_argument(
+        "--temperature", type=float, default=temperature, metavar="T", help=f"0 is greedy (default: {temperature:g})"
+    )
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens (default: all)")
+    group.add_argument(
+        "--top-p",
+        type=float,
+        default=top_p,
+        metavar="P",
+        help=f"only the likeliest tokens that sum to this probability (default: {top_p:g})",
+    )
+    group.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: 0)")
+
+
+def sampling_options(arguments: argparse.Namespace) -> GenerationOptions:
+    """What `add_sampling_options` collected, checked, as options of `LoadedModel.generate`."""
+    from mixllm_jax.generation import SamplingSettings
+
+    options: Any = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "seed")}
+    SamplingSettings(**options)  # complains before a model is loaded
+    return {**options, "max_tokens": arguments.max_tokens}
+
+
+def load_model(folder: Path, arguments: argparse.Namespace) -> LoadedModel:
+    """Loads a model, and says so where someone is watching."""
+    from mixllm_jax.loading import load
+
+    watched = sys.stderr.isatty()
+    if watched:
+        print(f"loading {folder} ...", end="", file=sys.stderr, flush=True)
+    try:
+        return load(folder, dtype=arguments.dtype, implementation=arguments.implementation)
+    finally:
+        if watched:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,46 @@
+"""From a command's exceptions to messages and exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from mixllm_jax.errors import MixLLMError
+
+EXIT_ERROR = 1
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+
+
+def run_command(command: Callable[[], None]) -> int:
+    """Runs a command; returns 0, or prints one message and returns an error code.
+
+    Errors that the user can act on are `MixLLMError`s, and `NotImplementedError`s of a kernel that cannot run here.
+    Anything else is a bug of ours and keeps its traceback.
+    """
+    try:
+        command()
+        sys.stdout.flush()
+    except (MixLLMError, NotImplementedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output (such as `head`) has had enough. Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+    return 0
+
+
+def cache_dir() -> Path:
+    """Where downloads and compiled programs are kept: `$XDG_CACHE_HOME/mixllm`, by default `~/.cache/mixllm`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixllm"
+
+
+def keep_compiled_programs() -> None:
+    """Lets JAX keep compiled programs on disk, so that the second start is fast; call it before JAX is imported."""
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "compiled"))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 << 30))
