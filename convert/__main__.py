@@ -4,16 +4,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mixllm_jax.errors import MixLLMError
+from mixllm_jax.cli.runner import run_command
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
-    parser = argparse.ArgumentParser(
-        prog="convert",
-        description="Convert a Hugging Face or GGUF checkpoint to a model folder that mixllm reads.",
-        epilog="Afterwards: mixllm generate DIR --prompt ..., mixllm quantize DIR --out DIR4 --bits 4.4",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    parser.epilog = "Afterwards: mixllm generate DIR --prompt ..., mixllm quantize DIR --out DIR4 --bits 4.4"
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--from-hf",
@@ -29,34 +25,31 @@ def build_parser() -> argparse.ArgumentParser:
         help="dtype of the stored weights (auto: as in the checkpoint; de-quantised GGUF tensors become float32)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it is a model folder already")
-    return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, 1 after an error, 130 after Ctrl-C."""
-    arguments = build_parser().parse_args(argv)
-    try:
-        from convert.converter import convert_from_gguf, convert_from_hf  # late: --help needs none of it
+def run(arguments: argparse.Namespace) -> None:
+    """Converts, and says what came out."""
+    from convert.converter import convert_from_gguf, convert_from_hf  # late: --help needs none of it
 
-        if arguments.from_hf is not None:
-            done = convert_from_hf(
-                arguments.from_hf, arguments.out, dtype=arguments.dtype, overwrite=arguments.overwrite
-            )
-        else:
-            done = convert_from_gguf(
-                arguments.from_gguf, arguments.out, dtype=arguments.dtype, overwrite=arguments.overwrite
-            )
-    except MixLLMError as error:
-        print(f"convert: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("convert: interrupted; nothing was left behind", file=sys.stderr)
-        return 130
+    options = {"dtype": arguments.dtype, "overwrite": arguments.overwrite}
+    if arguments.from_hf is not None:
+        done = convert_from_hf(arguments.from_hf, arguments.out, **options)
+    else:
+        done = convert_from_gguf(arguments.from_gguf, arguments.out, **options)
     print(
         f"{done.folder}: {done.config.architecture}, {done.config.num_layers} layers, "
         f"{done.parameters / 1e6:.1f} million parameters, {done.nbytes / 1e6:.1f} MB"
     )
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the `convert` command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="convert", description="Convert a Hugging Face or GGUF checkpoint to a model folder that mixllm reads."
+    )
+    add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    return run_command(lambda: run(arguments))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,67 @@
+"""`mixllm perplexity DIR [DIR ...] --text FILE`: perplexity, and the distance from the first model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from mixllm_jax.cli.options import add_execution_options, load_model
+from mixllm_jax.errors import OptionError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    parser.add_argument(
+        "folders", type=Path, nargs="+", metavar="DIR", help="model folders; the first is the reference"
+    )
+    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text to predict")
+    parser.add_argument("--samples", type=int, metavar="N", help="sequences to read (default: the whole text)")
+    parser.add_argument(
+        "--sequence-length", type=int, default=1024, metavar="TOKENS", help="tokens of a sequence (default: 1024)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows and the settings here as well")
+    add_execution_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints the table."""
+    names = [str(folder) for folder in arguments.folders]
+    if len(set(names)) < len(names):
+        raise OptionError(f"a model folder is given twice: {', '.join(names)}")
+    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
+        raise OptionError(f"--json {arguments.json}: the folder {arguments.json.absolute().parent} does not exist.")
+    text = read_text(arguments.text, "--text")
+
+    from mixllm_jax.checkpoint import CheckpointReader
+    from mixllm_jax.evaluation.perplexity import cut_sequences, evaluate, format_table
+
+    for folder in arguments.folders:
+        CheckpointReader(folder)  # a wrong folder is found before the first model is loaded
+    loaded = {name: load_model(folder, arguments) for name, folder in zip(names, arguments.folders, strict=True)}
+    tokens = loaded[names[0]].encode(text)
+    sequences = cut_sequences(tokens, arguments.samples, arguments.sequence_length, str(arguments.text))
+    rows = []
+    for result in evaluate({name: model.model for name, model in loaded.items()}, sequences):
+        report = loaded[result.name].metadata.get("quantization_report")
+        rows.append({**vars(result), "bits_per_weight": report["bits_per_weight"] if report else None})
+    print(format_table(rows))
+    if arguments.json is not None:
+        settings: dict[str, Any] = {
+            "text": arguments.text.name,
+            "samples": sequences.shape[0],
+            "sequence_length": sequences.shape[1],
+            "dtype": arguments.dtype,
+        }
+        arguments.json.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+
+
+def read_text(path: Path, option: str) -> str:
+    """Reads a UTF-8 text file that a user named; `OptionError` where that fails."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise OptionError(f"{option} {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{option} {path} is not UTF-8 text (byte {error.start}).") from error
