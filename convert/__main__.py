@@ -1,6 +1,7 @@
 """`convert --from-hf PATH_OR_HUB_ID --out DIR`, `convert --from-gguf FILE --out DIR`."""
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 
@@ -8,8 +9,7 @@ from mixllm_jax.cli.runner import run_command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the options."""
-    parser.epilog = "Afterwards: mixllm generate DIR --prompt ..., mixllm quantize DIR --out DIR4 --bits 4.4"
+    """Adds the command's arguments to a parser."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--from-hf",
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Converts, and says what came out."""
+    """Converts, and prints what came out."""
     from convert.converter import convert_from_gguf, convert_from_hf  # late: --help needs none of it
 
     options = {"dtype": arguments.dtype, "overwrite": arguments.overwrite}
@@ -45,11 +45,13 @@ def run(arguments: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the `convert` command; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="convert", description="Convert a Hugging Face or GGUF checkpoint to a model folder that mixllm reads."
+        prog="convert",
+        description="Convert a Hugging Face or GGUF checkpoint to a model folder that mixllm reads.",
+        epilog="Afterwards: mixllm generate DIR --prompt ..., mixllm quantize DIR --out DIR4 --bits 4.4",
+        allow_abbrev=False,
     )
     add_arguments(parser)
-    arguments = parser.parse_args(argv)
-    return run_command(lambda: run(arguments))
+    return run_command(functools.partial(run, parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -43,6 +43,24 @@ class Conversion:
     nbytes: int
 
 
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """An opened foreign checkpoint.
+
+    Attributes:
+        where: The checkpoint, for messages.
+        metadata: What the converted folder says of its origin.
+        write_companions: Writes the tokenizer and the like into the new folder.
+    """
+
+    config: ModelConfig
+    reader: TensorReader
+    naming: names.Naming
+    where: str
+    metadata: dict[str, str]
+    write_companions: Callable[[CheckpointWriter], None]
+
+
 def convert_from_hf(
     path_or_id: str, out_dir: str | Path, *, dtype: str = "auto", overwrite: bool = False, progress: bool = True
 ) -> Conversion:
@@ -58,28 +76,19 @@ def convert_from_hf(
     Raises:
         MixLLMError: The input is damaged, incomplete or unsupported, or the output cannot be written.
     """
+    _check_dtype(dtype)
     folder = find_checkpoint(path_or_id)
     config = hf_config.read_config(folder)
-    reader = _open_weights(folder)
 
     def copy_companions(writer: CheckpointWriter) -> None:
         for name in COMPANION_FILES:
             if (folder / name).is_file():
                 writer.copy_file(folder / name)
 
-    source = {"format": "huggingface", "name": path_or_id if not Path(path_or_id).exists() else folder.resolve().name}
-    return _convert(
-        config,
-        reader,
-        names.HUGGING_FACE,
-        str(folder),
-        source,
-        copy_companions,
-        Path(out_dir),
-        dtype,
-        overwrite,
-        progress,
-    )
+    name = folder.resolve().name if Path(path_or_id).expanduser().is_dir() else path_or_id
+    metadata = {"format": "huggingface", "name": name, "dtype": dtype}
+    source = _Source(config, _open_weights(folder), names.HUGGING_FACE, str(folder), metadata, copy_companions)
+    return _convert(source, Path(out_dir), dtype, overwrite, progress)
 
 
 def convert_from_gguf(
@@ -89,6 +98,7 @@ def convert_from_gguf(
 
     With `auto`, quantised tensors become float32, which holds their values exactly.
     """
+    _check_dtype(dtype)
     file = Path(file).expanduser()
     if not file.is_file():
         raise CheckpointError(f"{file} is not a file; give a .gguf file")
@@ -99,10 +109,14 @@ def convert_from_gguf(
         for name, content in gguf_tokenizer.tokenizer_files(reader, config).items():
             writer.write_file(name, content)
 
-    source = {"format": "gguf", "name": file.name}
-    return _convert(
-        config, reader, names.GGUF, str(file), source, write_companions, Path(out_dir), dtype, overwrite, progress
-    )
+    metadata = {"format": "gguf", "name": file.name, "dtype": dtype}
+    source = _Source(config, reader, names.GGUF, str(file), metadata, write_companions)
+    return _convert(source, Path(out_dir), dtype, overwrite, progress)
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype != "auto" and dtype not in FLOAT_DTYPES:
+        raise OptionError(f"dtype must be auto, {', '.join(FLOAT_DTYPES)}, found {dtype!r}")
 
 
 def _open_weights(folder: Path) -> TensorReader:
@@ -139,28 +153,22 @@ def _open_shards(index: Path, open_files: Callable[[list[Path]], TensorReader]) 
     return reader
 
 
-def _convert(
-    config: ModelConfig,
-    reader: TensorReader,
-    naming: names.Naming,
-    where: str,
-    source: dict[str, str],
-    write_companions: Callable[[CheckpointWriter], None],
-    out_dir: Path,
-    dtype: str,
-    overwrite: bool,
-    progress: bool,
-) -> Conversion:
-    if dtype != "auto" and dtype not in FLOAT_DTYPES:
-        raise OptionError(f"dtype must be auto, {', '.join(FLOAT_DTYPES)}, found {dtype!r}")
-    check_tensors(names.expected_tensors(naming, config), reader.shapes, names.ignored_tensors(naming, config), where)
-    metadata = {"kind": "float", "config": config.to_dict(), "source": source | {"dtype": dtype}}
+def _convert(source: _Source, out_dir: Path, dtype: str, overwrite: bool, progress: bool) -> Conversion:
+    """Checks all names and shapes first, then reads, checks and writes one part at a time."""
+    config, naming = source.config, source.naming
+    check_tensors(
+        names.expected_tensors(naming, config),
+        source.reader.shapes,
+        names.ignored_tensors(naming, config),
+        source.where,
+    )
     parameters = nbytes = 0
+    metadata = {"kind": "float", "config": config.to_dict(), "source": source.metadata}
     with CheckpointWriter(out_dir, metadata, overwrite) as writer:
-        write_companions(writer)
+        source.write_companions(writer)
         for part in tqdm(config.part_names(), desc="convert", unit="part", disable=not progress):
             arrays = {
-                path: _read_parameter(reader, [name for name, _ in tensors], dtype, where)
+                path: _read_parameter(source, [name for name, _ in tensors], dtype)
                 for path, tensors in names.part_sources(naming, config, part).items()
             }
             parameters += sum(array.size for array in arrays.values())
@@ -170,28 +178,27 @@ def _convert(
     return Conversion(out_dir, config, parameters, nbytes)
 
 
-def _read_parameter(reader: TensorReader, tensors: list[str], dtype: str, where: str) -> np.ndarray:
+def _read_parameter(source: _Source, tensors: list[str], dtype: str) -> np.ndarray:
     """Reads the tensors a parameter consists of, checks and joins them."""
-    pieces = [_read_tensor(reader, name, dtype, where) for name in tensors]
+    pieces = [_read_tensor(source, name, dtype) for name in tensors]
     if len(pieces) == 1:
         return pieces[0]
     dtypes = {piece.dtype for piece in pieces}
     # float16 and bfloat16 hold values the other does not; float32 holds both.
-    return np.concatenate(pieces, dtype=dtypes.pop() if len(dtypes) == 1 else np.float32)
+    return np.concatenate(pieces, dtype=dtypes.pop() if len(dtypes) == 1 else np.float32, casting="same_kind")
 
 
-def _read_tensor(reader: TensorReader, name: str, dtype: str, where: str) -> np.ndarray:
-    values = reader.read(name)
-    check_finite(values, f"{where}: tensor {name}")
+def _read_tensor(source: _Source, name: str, dtype: str) -> np.ndarray:
+    values = source.reader.read(name)
+    check_finite(values, f"{source.where}: tensor {name}")
     if dtype == "auto" or values.dtype == FLOAT_DTYPES[dtype]:
         return values
     with np.errstate(over="ignore"):  # looked for below
-        narrowed = values.astype(FLOAT_DTYPES[dtype])
-    if dtype == "float16":
-        try:
-            check_finite(narrowed, name)
-        except CheckpointError as error:
-            raise OptionError(
-                f"{where}: tensor {name} has values beyond the range of float16; use --dtype bfloat16 or float32"
-            ) from error
-    return narrowed
+        converted = values.astype(FLOAT_DTYPES[dtype])
+    try:
+        check_finite(converted, name)
+    except CheckpointError as error:
+        raise OptionError(
+            f"{source.where}: tensor {name} has values beyond the range of {dtype}; choose another --dtype"
+        ) from error
+    return converted
