@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, cast, overload
 
@@ -168,7 +169,7 @@ class LoadedModel:
         *,
         prompt_cache: PromptCache | None = None,
         **options: Unpack[GenerationOptions],
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Like `generate` for one prompt, but yields pieces of text as they come.
 
         Args:
@@ -186,11 +187,12 @@ class LoadedModel:
         )
         return self._stream_text(chunks)
 
-    def _stream_text(self, chunks: Iterator[list[list[int]]]) -> Iterator[str]:
+    def _stream_text(self, chunks: Generator[list[list[int]], None, None]) -> Generator[str, None, None]:
         detokenizer = IncrementalDetokenizer(self.tokenizer)
-        for (tokens,) in chunks:
-            if text := detokenizer.add(tokens):
-                yield text
+        with contextlib.closing(chunks):
+            for (tokens,) in chunks:
+                if text := detokenizer.add(tokens):
+                    yield text
         if text := detokenizer.flush():
             yield text
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from tiny_chat_model import byte_tokenizer
 
 from mixllm_jax.errors import OptionError
 from mixllm_jax.generation import Engine, IncrementalDetokenizer, PromptCache, SamplingSettings, engine
@@ -188,17 +189,9 @@ def test_samples_follow_the_probabilities():
     assert scipy.stats.chisquare(counts[present], expected).pvalue > 1e-4
 
 
-@pytest.fixture(scope="module")
-def byte_tokenizer():
-    """One token a byte, as byte-level vocabularies fall back to."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+@pytest.fixture(scope="module", name="byte_tokenizer")
+def byte_tokenizer_fixture():
+    return byte_tokenizer()
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7])

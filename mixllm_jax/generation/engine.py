@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Literal
 
 import jax
@@ -169,7 +169,7 @@ class Engine:
         stop_tokens: Sequence[int] = (),
         interval: float = _STREAM_INTERVAL,
         prompt_cache: PromptCache | None = None,
-    ) -> Iterator[list[list[int]]]:
+    ) -> Generator[list[list[int]], None, None]:
         """Yields the new tokens of every row as they come, about every `interval` seconds.
 
         The device works on the next tokens while the caller handles these. A row's stop token is among its tokens.
@@ -218,7 +218,7 @@ class Engine:
         stop_tokens: Sequence[int],
         interval: float,
         prompt_cache: PromptCache | None,
-    ) -> Iterator[list[list[int]]]:
+    ) -> Generator[list[list[int]], None, None]:
         sampler = Sampler.from_settings(sampling)
         padding = [NO_TOKEN] * (_MAX_STOP_TOKENS - len(stop_tokens))
         stop = StopRules(jnp.asarray([*stop_tokens, *padding], jnp.int32), jnp.int32(max_tokens))

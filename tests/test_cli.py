@@ -1,0 +1,169 @@
+"""The commands, end to end on a tiny converted model, against transformers' own text."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from tiny_chat_model import byte_tokenizer, save_tiny_chat_model
+
+import mixllm_jax
+from mixllm_jax.cli import main as cli
+from mixllm_jax.cli.runner import run_command
+from mixllm_jax.errors import CheckpointError
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory):
+    """The torch model, and the folder converted from it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    model = save_tiny_chat_model(folder / "hf")
+    assert cli.main(["convert", "--from-hf", str(folder / "hf"), "--out", str(folder / "model")]) == 0
+    return model, folder / "model"
+
+
+@pytest.fixture(scope="session")
+def folder(reference):
+    return str(reference[1])
+
+
+def reference_text(model, prompt: str, max_tokens: int) -> str:
+    """What transformers continues greedily."""
+    import torch
+
+    tokenizer = byte_tokenizer()
+    tokens = torch.tensor([tokenizer(prompt)["input_ids"]])
+    out = model.generate(tokens, max_new_tokens=max_tokens, do_sample=False, attention_mask=torch.ones_like(tokens))
+    return tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True)
+
+
+def test_generate_one_prompt(reference, folder, capsys):
+    assert cli.main(["generate", folder, "--prompt", "Once upon", "--max-tokens", "20"]) == 0
+    assert capsys.readouterr().out == reference_text(reference[0], "Once upon", 20) + "\n"
+
+
+def test_generate_a_batch(reference, folder, capsys):
+    prompts = ["One", "A longer second prompt"]
+    options = [word for prompt in prompts for word in ("--prompt", prompt)]
+    assert cli.main(["generate", folder, *options, "--max-tokens", "12"]) == 0
+    expected = "".join(f"=== {prompt}\n{reference_text(reference[0], prompt, 12)}\n\n" for prompt in prompts)
+    assert capsys.readouterr().out == expected
+
+
+def test_generate_under_the_chat_template(reference, folder, capsys):
+    command = ["generate", folder, "--chat", "--system", "Be brief.", "--prompt", "Hi?", "--max-tokens", "12"]
+    assert cli.main(command) == 0
+    prompt = "<system>Be brief.\n<user>Hi?\n<assistant>"
+    assert capsys.readouterr().out == reference_text(reference[0], prompt, 12) + "\n"
+
+
+def test_generate_with_a_seed(folder, capsys):
+    def text(seed: str) -> str:
+        options = ["--temperature", "1.3", "--top-k", "50", "--top-p", "0.9", "--max-tokens", "16"]
+        assert cli.main(["generate", folder, "--prompt", "x", "--seed", seed, *options]) == 0
+        return capsys.readouterr().out
+
+    assert text("1") == text("1")
+    assert text("1") != text("2")
+
+
+def test_python_interface_streams_what_it_generates(reference, folder):
+    model = mixllm_jax.load(folder)
+    assert model.metadata["kind"] == "float"
+    expected = reference_text(reference[0], "Hello", 16)
+    assert model.generate("Hello", max_tokens=16) == expected
+    assert model.generate(["Hello"], max_tokens=16) == [expected]
+    assert "".join(model.stream("Hello", max_tokens=16)) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", ""], "empty"),
+        (["--prompt", "x" * 100, "--max-tokens", "100"], "200 positions.*160"),
+        (["--prompt", "x", "--temperature", "-1"], "temperature"),
+        (["--prompt", "x", "--system", "y"], "--chat"),
+        (["--prompt", "x", "--max-tokens", "0"], "max-tokens"),
+    ],
+)
+def test_generate_with_bad_options(folder, capsys, arguments, message):
+    assert cli.main(["generate", folder, *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert re.search(message, error)
+    assert "Traceback" not in error
+
+
+def test_inspect_a_float_model(folder, capsys):
+    assert cli.main(["inspect", folder]) == 0
+    out = capsys.readouterr().out
+    assert "float llama" in out
+    assert "160 tokens" in out
+    assert cli.main(["inspect", folder, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["kind"] == "float"
+    assert facts["config"]["hidden_size"] == 64
+    assert cli.main(["inspect", folder, "--layers"]) == 1
+    assert "no 8-bit shares" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat", "inspect", "perplexity"])
+def test_folder_that_is_no_model(tmp_path, capsys, verb):
+    (tmp_path / "text").write_text("some text " * 200)
+    options = {"generate": ["--prompt", "x"], "perplexity": ["--text", str(tmp_path / "text")]}.get(verb, [])
+    assert cli.main([verb, str(tmp_path), *options]) == 1
+    assert "not a model folder" in capsys.readouterr().err
+
+
+def test_folder_without_tokenizer(folder, tmp_path, capsys):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    for file in copy.glob("tokenizer*"):
+        file.unlink()
+    assert cli.main(["generate", str(copy), "--prompt", "x"]) == 1
+    assert "no tokenizer" in capsys.readouterr().err
+
+
+def test_usage_errors_exit_with_2(capsys):
+    for command in ([], ["nonsense"], ["generate"], ["generate", "x", "--no-such-option"]):
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main(command)
+        assert exit_info.value.code == 2
+    capsys.readouterr()
+
+
+def test_help_imports_no_jax():
+    code = (
+        "import sys\nfrom mixllm_jax.cli.main import main\ntry: main(['--help'])\nfinally: print('jax' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+    assert "quantize" in done.stdout
+
+
+def test_exit_codes(capsys):
+    def fail(error: BaseException) -> int:
+        def command() -> None:
+            raise error
+
+        return run_command(command)
+
+    assert run_command(lambda: None) == 0
+    assert fail(CheckpointError("what and why")) == 1
+    assert capsys.readouterr().err == "error: what and why\n"
+    assert fail(NotImplementedError("no GPU here")) == 1
+    assert fail(KeyboardInterrupt()) == 130
+    with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
+        fail(ZeroDivisionError())
+
+
+def test_chat_remembers_and_begins_anew(reference, folder, capsys, monkeypatch):
+    lines = iter(["Hi", "And?", "/reset", "Hi", "/exit"])
+    monkeypatch.setattr("rich.console.Console.input", lambda *_, **__: next(lines))
+    assert cli.main(["chat", folder, "--temperature", "0", "--max-tokens", "5"]) == 0
+    out = capsys.readouterr().out
+    first = reference_text(reference[0], "<user>Hi\n<assistant>", 5)
+    second = reference_text(reference[0], f"<user>Hi\n<assistant>{first}\n<user>And?\n<assistant>", 5)
+    assert out.count(first) >= 2
+    assert second in out

@@ -1,0 +1,106 @@
+"""Perplexity, divergence and agreement against float64 computations on transformers' logits."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from tiny_chat_model import byte_tokenizer, save_tiny_chat_model
+
+from mixllm_jax.cli import main as cli
+from mixllm_jax.evaluation.perplexity import cut_sequences, format_table
+
+TEXT = "The quick brown fox jumps over the lazy dog. " * 12
+LENGTH = 64
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two torch models and the folders converted from them."""
+    folder = tmp_path_factory.mktemp("pair")
+    (folder / "text.txt").write_text(TEXT)
+    torch_models = []
+    for name, seed in (("first", 0), ("second", 1)):
+        torch_models.append(save_tiny_chat_model(folder / f"hf-{name}", seed))
+        assert cli.main(["convert", "--from-hf", str(folder / f"hf-{name}"), "--out", str(folder / name)]) == 0
+    return torch_models, folder
+
+
+def log_probabilities(model, sequences: np.ndarray) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        logits = model(torch.from_numpy(sequences.astype(np.int64))).logits[:, :-1]
+    logits = logits.numpy().astype(np.float64)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def test_command_gives_the_numbers_of_the_reference(models, capsys):
+    (first, second), folder = models
+    command = ["perplexity", str(folder / "first"), str(folder / "second"), "--text", str(folder / "text.txt")]
+    sizes = ["--samples", "3", "--sequence-length", str(LENGTH)]
+    assert cli.main([*command, *sizes, "--json", str(folder / "out.json")]) == 0
+
+    tokens = byte_tokenizer()(TEXT)["input_ids"][: 3 * LENGTH]
+    sequences = np.asarray(tokens).reshape(3, LENGTH)
+    p, q = log_probabilities(first, sequences), log_probabilities(second, sequences)
+    targets = sequences[:, 1:, None]
+    expected = {
+        "perplexity": [np.exp(-np.take_along_axis(x, targets, -1).mean()) for x in (p, q)],
+        "kl": [None, (np.exp(p) * (p - q)).sum(-1).mean()],
+        "top1_agreement": [None, (p.argmax(-1) == q.argmax(-1)).mean()],
+    }
+    result = json.loads((folder / "out.json").read_text())
+    assert result["settings"]["samples"] == 3
+    for key, (of_first, of_second) in expected.items():
+        found = [row[key] for row in result["rows"]]
+        assert found[0] == (None if of_first is None else pytest.approx(of_first, rel=1e-4))
+        assert found[1] == pytest.approx(of_second, rel=1e-4)
+    table = capsys.readouterr().out
+    assert f"{expected['perplexity'][1]:.2f}"[:-1] in table
+
+
+def test_a_model_is_not_far_from_itself(models, tmp_path, capsys):
+    _, folder = models
+    link = tmp_path / "same"
+    link.symlink_to(folder / "first")
+    command = ["perplexity", str(folder / "first"), str(link), "--text", str(folder / "text.txt")]
+    assert cli.main([*command, "--sequence-length", "64", "--json", str(tmp_path / "out.json")]) == 0
+    row = json.loads((tmp_path / "out.json").read_text())["rows"][1]
+    assert row["kl"] == pytest.approx(0, abs=1e-6)
+    assert row["top1_agreement"] == 1
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--text", "nowhere.txt"], "cannot be read"),
+        (["--text", "{binary}"], "not UTF-8"),
+        (["--text", "{text}", "--samples", "100"], "100 x 1024 are needed"),
+        (["--text", "{text}", "--sequence-length", "1"], "at least 2"),
+        (["--text", "{text}", "--samples", "0"], "samples must be at least 1"),
+        (["--text", "{text}", "--sequence-length", "200"], "context of .*160"),
+        (["--text", "{text}", "--json", "/no/such/folder/x.json"], "does not exist"),
+    ],
+)
+def test_bad_input(models, tmp_path, capsys, options, message):
+    _, folder = models
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00abc")
+    names = {"{binary}": str(tmp_path / "binary"), "{text}": str(folder / "text.txt")}
+    assert cli.main(["perplexity", str(folder / "first"), *(names.get(option, option) for option in options)]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_sequences_do_not_overlap():
+    sequences = cut_sequences(list(range(10)), None, 3, "text")
+    np.testing.assert_array_equal(sequences, [[0, 1, 2], [3, 4, 5], [6, 7, 8]])
+    np.testing.assert_array_equal(cut_sequences(list(range(10)), 2, 3, "text"), [[0, 1, 2], [3, 4, 5]])
+
+
+def test_table_leaves_out_what_no_row_has():
+    table = format_table([{"name": "a", "perplexity": 2.0}, {"name": "bb", "perplexity": 3.5, "kl": 0.25}])
+    header, _, first, second = table.splitlines()
+    assert header.split() == ["model", "perplexity", "KL", "divergence"]
+    assert first.split() == ["a", "2.000", "-"]
+    assert second.split() == ["bb", "3.500", "0.2500"]
