@@ -41,6 +41,7 @@ class GGUFReader:
                 "probably cut short or damaged on the way: download it again"
             ) from error
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        _check_extents(path, self._reader)
         wrong = [
             f"{t.name} ({t.tensor_type.name})" for t in self._reader.tensors if t.tensor_type.name not in TENSOR_TYPES
         ]
@@ -82,6 +83,17 @@ class GGUFReader:
         values = values.reshape(self.shapes[name])
         heads = self._heads.get(name.split(".")[2]) if name.startswith("blk.") else None
         return values if heads is None else _restore_rows(values, heads)
+
+
+def _check_extents(path: Path, reader: gguf.GGUFReader) -> None:
+    """Checks that the tensors' bytes lie behind the header and apart from each other, which the library does not."""
+    end = reader.data_offset
+    for tensor in sorted(reader.tensors, key=lambda tensor: tensor.data_offset):
+        if tensor.data_offset < end:
+            raise CheckpointError(
+                f"{path}: the bytes of tensor {tensor.name} overlap another one's: the file is damaged"
+            )
+        end = tensor.data_offset + tensor.n_bytes
 
 
 def _restore_rows(values: np.ndarray, heads: int) -> np.ndarray:
