@@ -1,6 +1,8 @@
 """The operations of MixLLM on arrays, each with an XLA reference and GPU kernels."""
 
 from pallas_kernels.activations import QuantizedActivations
+from pallas_kernels.decode_attention.api import decode_attention
+from pallas_kernels.kv_cache import LayerCache
 from pallas_kernels.mixed_matmul.api import mixed_matmul, quantized_linear
 from pallas_kernels.packing import PackedWeight
 from pallas_kernels.quantize_activations.api import quantize_activations
@@ -8,8 +10,10 @@ from pallas_kernels.rms_norm_quantize.api import rms_norm_quantize
 from pallas_kernels.swiglu_quantize.api import swiglu_quantize
 
 __all__ = [
+    "LayerCache",
     "PackedWeight",
     "QuantizedActivations",
+    "decode_attention",
     "mixed_matmul",
     "quantize_activations",
     "quantized_linear",

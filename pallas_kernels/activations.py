@@ -8,6 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
+SMALLEST_SCALE = 2.0**-126
+"""The least normal float32. A smaller scale counts as 0, since its inverse overflows and GPUs flush it anyway."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +19,8 @@ class QuantizedActivations:
 
     Attributes:
         codes: int8 `[tokens, in_features]`, -127..127.
-        scales: float32 `[num_groups, tokens]`, absmax / 127 of the token's group; 0 for an all-zero group. Group-major,
+        scales: float32 `[num_groups, tokens]`, absmax / 127 of the token's group; 0 (as are the
+            codes) for an all-zero group. Group-major,
             as the weights' scales are, since kernels walk along the groups.
         group_size: Input channels that share a scale.
     """

@@ -8,17 +8,21 @@ import jax.numpy as jnp
 from pallas_kernels import activations as activations_module
 from pallas_kernels import packing
 from pallas_kernels.activations import QuantizedActivations
-from pallas_kernels.mixed_matmul import xla
+from pallas_kernels.mixed_matmul import pallas_triton, xla
 from pallas_kernels.packing import PackedWeight
 from pallas_kernels.quantize_activations.api import quantize_activations
 from pallas_kernels.registry import Implementation, Operation
+from pallas_kernels.triton_common import implementations
 
 OUT_DTYPES = ("bfloat16", "float16", "float32")
 
 OPERATION = Operation(
     name="mixed_matmul",
-    implementations={"xla": Implementation(xla.mixed_matmul, xla.refuses)},
-    prefer=lambda *args, **kwargs: (),
+    implementations={
+        **implementations(xla.mixed_matmul, pallas_triton.mixed_matmul, pallas_triton.refuses),
+        "xla": Implementation(xla.mixed_matmul, xla.refuses),
+    },
+    prefer=lambda *args, **kwargs: ("triton",),
 )
 
 

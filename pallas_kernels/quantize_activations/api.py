@@ -5,13 +5,16 @@ from __future__ import annotations
 import jax
 
 from pallas_kernels.activations import QuantizedActivations, validate_input
-from pallas_kernels.quantize_activations import xla
-from pallas_kernels.registry import Implementation, Operation, never_refuses
+from pallas_kernels.quantize_activations import pallas_triton, xla
+from pallas_kernels.registry import Operation
+from pallas_kernels.triton_common import implementations
 
 OPERATION = Operation(
     name="quantize_activations",
-    implementations={"xla": Implementation(xla.quantize_activations, never_refuses)},
-    prefer=lambda *args, **kwargs: (),
+    implementations=implementations(
+        xla.quantize_activations, pallas_triton.quantize_activations, pallas_triton.refuses
+    ),
+    prefer=lambda *args, **kwargs: ("triton",),
 )
 
 

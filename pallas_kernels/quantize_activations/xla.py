@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.activations import QuantizedActivations
+from pallas_kernels.activations import SMALLEST_SCALE, QuantizedActivations
 
 
 def quantize_activations(x: jax.Array, *, group_size: int) -> QuantizedActivations:
@@ -13,7 +13,8 @@ def quantize_activations(x: jax.Array, *, group_size: int) -> QuantizedActivatio
     tokens, features = x.shape
     groups = x.astype(jnp.float32).reshape(tokens, features // group_size, group_size)
     scales = jnp.max(jnp.abs(groups), axis=-1) / 127.0
-    # An all-zero group has scale 0: any divisor gives its codes, which are 0.
+    scales = jnp.where(scales < SMALLEST_SCALE, 0.0, scales)
+    # Where the scale is 0, so is the group to within rounding: any divisor gives codes of 0.
     divisors = jnp.where(scales > 0, scales, 1.0)[..., None]
     codes = jnp.clip(jnp.round(groups / divisors), -127, 127).astype(jnp.int8)
     return QuantizedActivations(codes.reshape(tokens, features), scales.T, group_size)

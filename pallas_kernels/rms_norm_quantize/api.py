@@ -5,13 +5,14 @@ from __future__ import annotations
 import jax
 
 from pallas_kernels.activations import QuantizedActivations, validate_input
-from pallas_kernels.registry import Implementation, Operation, never_refuses
-from pallas_kernels.rms_norm_quantize import xla
+from pallas_kernels.registry import Operation
+from pallas_kernels.rms_norm_quantize import pallas_triton, xla
+from pallas_kernels.triton_common import implementations
 
 OPERATION = Operation(
     name="rms_norm_quantize",
-    implementations={"xla": Implementation(xla.rms_norm_quantize, never_refuses)},
-    prefer=lambda *args, **kwargs: (),
+    implementations=implementations(xla.rms_norm_quantize, pallas_triton.rms_norm_quantize, pallas_triton.refuses),
+    prefer=lambda *args, **kwargs: ("triton",),
 )
 
 
@@ -26,8 +27,8 @@ def rms_norm_quantize(
 ) -> tuple[QuantizedActivations, jax.Array]:
     """RMSNorm of `x + residual` and the quantisation of its output, in one launch on the GPU.
 
-    normalised = s / sqrt(mean(s^2) + epsilon) * norm_weight with s = x + residual rounded to x's dtype, computed in
-    float32 and quantised without rounding to x's dtype in between.
+    normalised = s / sqrt(mean(s^2) + epsilon) * norm_weight with s = x + residual, all in float32 and quantised without
+    rounding to x's dtype in between; only the returned sum is rounded.
 
     Args:
         x: Float `[tokens, features]`.

@@ -13,8 +13,9 @@ def rms_norm_quantize(
     x: jax.Array, norm_weight: jax.Array, residual: jax.Array | None, *, epsilon: float, group_size: int
 ) -> tuple[QuantizedActivations, jax.Array]:
     """RMSNorm of x (+ residual) in float32, quantised; also returns the sum that was normalised, in x's dtype."""
-    total = x if residual is None else x + residual
-    total32 = total.astype(jnp.float32)
-    inverse_rms = jax.lax.rsqrt(jnp.mean(total32 * total32, axis=-1, keepdims=True) + epsilon)
-    normalized = total32 * inverse_rms * norm_weight.astype(jnp.float32)
-    return quantize_xla.quantize_activations(normalized, group_size=group_size), total
+    total = x.astype(jnp.float32)
+    if residual is not None:
+        total = total + residual.astype(jnp.float32)
+    inverse_rms = jax.lax.rsqrt(jnp.mean(total * total, axis=-1, keepdims=True) + epsilon)
+    normalized = total * inverse_rms * norm_weight.astype(jnp.float32)
+    return quantize_xla.quantize_activations(normalized, group_size=group_size), total.astype(x.dtype)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import jax
 
 from pallas_kernels.activations import QuantizedActivations, validate_input
-from pallas_kernels.registry import Implementation, Operation, never_refuses
-from pallas_kernels.swiglu_quantize import xla
+from pallas_kernels.registry import Operation
+from pallas_kernels.swiglu_quantize import pallas_triton, xla
+from pallas_kernels.triton_common import implementations
 
 OPERATION = Operation(
     name="swiglu_quantize",
-    implementations={"xla": Implementation(xla.swiglu_quantize, never_refuses)},
-    prefer=lambda *args, **kwargs: (),
+    implementations=implementations(xla.swiglu_quantize, pallas_triton.swiglu_quantize, pallas_triton.refuses),
+    prefer=lambda *args, **kwargs: ("triton",),
 )
 
 

@@ -1,0 +1,94 @@
+"""Triton kernel of RMSNorm + quantisation: one program a token, which holds the whole row in registers."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.activations import QuantizedActivations
+from pallas_kernels.triton_common import next_power_of_2, quantize_groups, refuses_triton
+
+MAX_FEATURES = 2**16
+"""Longest row: 64 elements for each of 1024 threads."""
+
+
+def rms_norm_quantize(
+    x: jax.Array,
+    norm_weight: jax.Array,
+    residual: jax.Array | None,
+    *,
+    epsilon: float,
+    group_size: int,
+    interpret: bool = False,
+) -> tuple[QuantizedActivations, jax.Array]:
+    """RMSNorm of x (+ residual) in float32, quantised; also returns the sum that was normalised, in x's dtype."""
+    tokens, features = x.shape
+    inputs = {"x": x.reshape(-1), "norm_weight": norm_weight}
+    out_shape = {
+        "codes": jax.ShapeDtypeStruct((tokens * features,), jnp.int8),
+        "scales": jax.ShapeDtypeStruct((tokens * features // group_size,), jnp.float32),
+    }
+    if residual is not None:
+        inputs["residual"] = residual.reshape(-1)
+        out_shape["total"] = jax.ShapeDtypeStruct((tokens * features,), x.dtype)
+    out = pl.pallas_call(
+        functools.partial(
+            _rms_norm_quantize_kernel, tokens=tokens, features=features, group_size=group_size, epsilon=epsilon
+        ),
+        grid=(tokens,),
+        out_shape=out_shape,
+        compiler_params=plgpu.CompilerParams(num_warps=min(32, max(4, next_power_of_2(features) // 512)), num_stages=1),
+        interpret=interpret,
+        name="rms_norm_quantize",
+    )(inputs)
+    quantized = QuantizedActivations(
+        out["codes"].reshape(tokens, features), out["scales"].reshape(-1, tokens), group_size
+    )
+    return quantized, x if residual is None else out["total"].reshape(tokens, features)
+
+
+def _rms_norm_quantize_kernel(
+    in_refs: dict[str, Any],
+    out_refs: dict[str, Any],
+    *,
+    tokens: int,
+    features: int,
+    group_size: int,
+    epsilon: float,
+) -> None:
+    num_groups = features // group_size
+    padded = next_power_of_2(num_groups)
+    token = pl.program_id(0)
+    group = jax.lax.broadcasted_iota(jnp.int32, (padded, 1), 0)
+    column = group * group_size + jax.lax.broadcasted_iota(jnp.int32, (1, group_size), 1)
+    valid = group < num_groups
+    place = token * features + column
+    total = plgpu.load(in_refs["x"].at[place], mask=valid, other=0).astype(jnp.float32)
+    if "residual" in in_refs:
+        total = total + plgpu.load(in_refs["residual"].at[place], mask=valid, other=0).astype(jnp.float32)
+        plgpu.store(out_refs["total"].at[place], total.astype(out_refs["total"].dtype), mask=valid)
+    norm_weight = plgpu.load(in_refs["norm_weight"].at[column], mask=valid, other=0).astype(jnp.float32)
+    mean_square = jnp.sum(total * total) / features
+    codes, scales = quantize_groups(total * jax.lax.rsqrt(mean_square + epsilon) * norm_weight)
+    plgpu.store(out_refs["codes"].at[place], codes, mask=valid)
+    plgpu.store(out_refs["scales"].at[group * tokens + token], jnp.expand_dims(scales, 1), mask=valid)
+
+
+def refuses(
+    x: jax.Array,
+    norm_weight: jax.Array,
+    residual: jax.Array | None,
+    *,
+    epsilon: float,
+    group_size: int,
+    interpret: bool = False,
+) -> str | None:
+    """Why the kernel cannot run, or None."""
+    if x.shape[1] > MAX_FEATURES:
+        return f"it holds a row of at most {MAX_FEATURES} features, not {x.shape[1]}"
+    return refuses_triton(group_size, x.size, interpret=interpret)

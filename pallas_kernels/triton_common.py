@@ -1,0 +1,69 @@
+"""What the Triton implementations of all operations share: quantising a group, and when they cannot run."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import registry
+from pallas_kernels.activations import SMALLEST_SCALE
+from pallas_kernels.packing import GROUP_SIZES
+from pallas_kernels.triton_primitives import divide, fma, round_to_int8
+
+MAX_ELEMENTS = 2**30
+"""Elements of an array that the kernels' 32-bit offsets reach with room to spare."""
+
+
+def quantize_groups(groups: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """float32 `[..., group_size]` to int8 codes of the same shape and float32 scales `[...]`."""
+    scales = divide(jnp.max(jnp.abs(groups), axis=-1), jnp.full(groups.shape[:-1], 127.0, jnp.float32))
+    scales = jnp.where(scales < SMALLEST_SCALE, 0.0, scales)
+    divisors = jnp.where(scales > 0, scales, 1.0)
+    inverses = divide(jnp.full(divisors.shape, 1.0, jnp.float32), divisors)
+    divisors, inverses = jnp.expand_dims(divisors, -1), jnp.expand_dims(inverses, -1)
+    # One correction step makes the product with the rounded inverse the correctly rounded quotient (Markstein), at a
+    # fraction of the cost of a division for every element.
+    quotients = groups * inverses
+    remainders = fma(-quotients, divisors, groups)
+    return round_to_int8(fma(remainders, inverses, quotients)), scales
+
+
+def next_power_of_2(value: int) -> int:
+    """The least power of two that is at least `value`."""
+    return 1 << (value - 1).bit_length()
+
+
+def refuses_triton(group_size: int, elements: int, *, interpret: bool) -> str | None:
+    """Why the Triton kernels cannot run here on arrays of this size, or None."""
+    if not interpret:
+        capability = registry.compute_capability()
+        if registry.default_platform() != "gpu" or capability is None:
+            return f"it needs an NVIDIA GPU, and JAX's default device is a {registry.default_platform()}"
+        if capability < (8, 0):
+            return f"it needs int8 tensor cores of compute capability 8.0 or later, this GPU has {capability}"
+    if group_size not in GROUP_SIZES:
+        return f"it takes groups of {GROUP_SIZES}, not {group_size}"
+    if elements >= MAX_ELEMENTS:
+        return f"it addresses arrays of fewer than {MAX_ELEMENTS} elements, and one here has {elements}"
+    return None
+
+
+def implementations(
+    xla: Callable[..., Any], triton: Callable[..., Any], refuses: Callable[..., str | None]
+) -> dict[str, registry.Implementation]:
+    """The implementations that every operation has.
+
+    `triton_interpret` runs the Triton kernel step by step in JAX, on any device: slow, for tests.
+    """
+    interpret = {"interpret": True}
+    return {
+        "xla": registry.Implementation(xla, registry.never_refuses),
+        "triton": registry.Implementation(triton, refuses),
+        "triton_interpret": registry.Implementation(
+            functools.partial(triton, **interpret), functools.partial(refuses, **interpret)
+        ),
+    }
