@@ -3,33 +3,102 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from mixllm_jax.models.cache import LayerCache
 from mixllm_jax.models.config import ModelConfig
 from mixllm_jax.models.linear import Linear
 from mixllm_jax.models.norm import RMSNorm
-from mixllm_jax.models.rope import RotaryEmbedding, apply_rotary
+from mixllm_jax.models.rope import RotaryEmbedding
+from pallas_kernels import decode_attention
+from pallas_kernels.decode_attention.xla import masked_attention, visible_slots
+from pallas_kernels.kv_cache import LayerCache
+from pallas_kernels.registry import compute_capability, default_platform
+from pallas_kernels.rotary import rotate
 
 
 def attend(
-    queries: Float[Array, "batch length heads head_dim"],
-    keys: Float[Array, "batch slots kv_heads head_dim"],
-    values: Float[Array, "batch slots kv_heads head_dim"],
-    query_positions: Int[Array, "batch length"],
+    heads: Float[Array, "batch length heads_and_2_kv_heads head_dim"],
+    num_kv_heads: int,
+    rotary: RotaryEmbedding,
+    cache: LayerCache | None,
     window: int | None,
-) -> Float[Array, "batch length heads head_dim"]:
-    """Softmax attention in which slot j of the keys holds position j of its row.
+    *,
+    cache_is_empty: bool = False,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "batch length query_channels"], LayerCache | None]:
+    """Rotates queries and keys, stores keys and values, attends: the one place that chooses an attention.
 
-    A query at position p sees slots p - window + 1 .. p. Nothing else needs masking: rows are right-padded, so padding
-    and slots never written lie behind every real query. The softmax is float32.
+    A query at position p sees positions p - window + 1 .. p. Nothing else needs masking: rows are right-padded, so
+    padding and slots never written lie behind every real query.
+
+    One token a row against a cache is a decode step: `pallas_kernels.decode_attention`, a flash decoding kernel on the
+    GPU. Longer inputs are prefill: cuDNN's flash attention on the GPU where it takes the dtype and head size, XLA
+    elsewhere.
+
+    Args:
+        heads: Queries, keys and values, after the q/k norm.
+        num_kv_heads: Heads of the keys, and of the values.
+        rotary: Positions of the tokens and their rotation.
+        cache: Keys and values before these tokens.
+        window: Sliding window in positions, None for everything before.
+        cache_is_empty: The caller knows that the cache holds nothing yet (static): attention to the new tokens alone.
+        implementation: `xla` keeps to XLA everywhere.
+
+    Returns:
+        The input of the output projection, and the cache with the new keys and values.
     """
-    slots = jnp.arange(keys.shape[1])
-    visible = slots <= query_positions[..., None]
-    if window is not None:
-        visible &= slots > query_positions[..., None] - window
-    return jax.nn.dot_product_attention(
-        queries, keys.astype(queries.dtype), values.astype(queries.dtype), mask=visible[:, None]
+    batch, length, channels, _ = heads.shape
+    if cache is not None and length == 1:
+        mixed, cache = decode_attention(
+            heads[:, 0],
+            rotary.cos[:, 0],
+            rotary.sin[:, 0],
+            rotary.positions[:, 0],
+            cache,
+            window=window,
+            implementation="xla" if implementation == "xla" else "auto",
+        )
+        return mixed[:, None], cache
+
+    num_heads = channels - 2 * num_kv_heads
+    queries, keys, values = jnp.split(heads, [num_heads, num_heads + num_kv_heads], axis=2)
+    queries, keys = rotate(queries, rotary.cos, rotary.sin), rotate(keys, rotary.cos, rotary.sin)
+    from_zero = cache is None or cache_is_empty
+    if cache is not None and cache_is_empty:
+        cache = cache.write_first(keys, values)
+        # Another cut of the prompt into chunks must not change the result: see what later chunks will read.
+        keys, values = cache.as_stored(keys), cache.as_stored(values)
+    elif cache is not None:
+        cache = cache.write(rotary.positions, keys, values)
+        keys, values = cache.read(queries.dtype)
+
+    if implementation == "xla" or not _cudnn_takes(queries):
+        mixed = masked_attention(queries, keys, values, rotary.positions, window)
+    elif from_zero:
+        mixed = jax.nn.dot_product_attention(
+            queries,
+            keys,
+            values,
+            is_causal=True,
+            local_window_size=None if window is None else (window - 1, 0),
+            implementation="cudnn",
+        )
+    else:
+        # cuDNN's causal mask knows no offset, so a later chunk passes its mask.
+        visible = visible_slots(keys.shape[1], rotary.positions, window)
+        mixed = jax.nn.dot_product_attention(queries, keys, values, mask=visible[:, None], implementation="cudnn")
+    return mixed.reshape(batch, length, -1), cache
+
+
+def _cudnn_takes(queries: Float[Array, "batch length heads head_dim"]) -> bool:
+    """Whether cuDNN's flash attention runs here on this dtype and head size."""
+    capability = compute_capability() if default_platform() == "gpu" else None
+    return (
+        capability is not None
+        and capability >= (8, 0)
+        and queries.dtype in (jnp.bfloat16, jnp.float16)
+        and queries.shape[-1] % 8 == 0
+        and queries.shape[-1] <= 128
     )
 
 
@@ -55,17 +124,25 @@ class Attention(nnx.Module):
         self.window = window
 
     def mix(
-        self, qkv: Float[Array, "batch length channels"], rotary: RotaryEmbedding, cache: LayerCache | None
+        self,
+        qkv: Float[Array, "batch length channels"],
+        rotary: RotaryEmbedding,
+        cache: LayerCache | None,
+        *,
+        cache_is_empty: bool = False,
     ) -> tuple[Float[Array, "batch length query_channels"], LayerCache | None]:
         """From the output of `qkv_proj` to the input of `o_proj`; returns the cache with the new keys and values."""
         batch, length, _ = qkv.shape
         heads = qkv.reshape(batch, length, -1, self.head_dim)
-        queries, keys, values = jnp.split(heads, [self.num_heads, self.num_heads + self.num_kv_heads], axis=2)
         if self.q_norm is not None and self.k_norm is not None:
-            queries, keys = self.q_norm(queries), self.k_norm(keys)
-        queries, keys = apply_rotary(queries, rotary), apply_rotary(keys, rotary)
-        if cache is not None:
-            cache = cache.write(rotary.positions, keys, values)
-            keys, values = cache.keys, cache.values
-        mixed = attend(queries, keys, values, rotary.positions, self.window)
-        return mixed.reshape(batch, length, -1), cache
+            queries, keys, values = jnp.split(heads, [self.num_heads, self.num_heads + self.num_kv_heads], axis=2)
+            heads = jnp.concatenate([self.q_norm(queries), self.k_norm(keys), values], axis=2)
+        return attend(
+            heads,
+            self.num_kv_heads,
+            rotary,
+            cache,
+            self.window,
+            cache_is_empty=cache_is_empty,
+            implementation=self.qkv_proj.implementation,
+        )

@@ -9,13 +9,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mixllm_jax.models.attention import Attention
-from mixllm_jax.models.cache import LayerCache
 from mixllm_jax.models.config import LINEAR_PATHS, ModelConfig, layer_part_name
 from mixllm_jax.models.linear import Linear
 from mixllm_jax.models.norm import RMSNorm
 from mixllm_jax.models.parameters import Execution, Parameters, check_parameters
 from mixllm_jax.models.rope import RotaryEmbedding
 from pallas_kernels import QuantizedActivations, rms_norm_quantize, swiglu_quantize
+from pallas_kernels.kv_cache import LayerCache
 
 Hidden = Float[Array, "batch length hidden"]
 
@@ -125,17 +125,20 @@ class Block(nnx.Module):
         cache: LayerCache | None = None,
         *,
         linear_call: LinearCall | None = None,
+        cache_is_empty: bool = False,
     ) -> tuple[Hidden, Hidden, LayerCache | None]:
         """Runs the block on the residual stream `x + update` and returns its own last update not yet added.
 
-        Leaving the addition to the next block lets its fused norm do it.
+        Leaving the addition to the next block lets its fused norm do it. `cache_is_empty` (static): the caller knows
+        that the cache holds nothing yet.
         """
         call = functools.partial(_call, batch=x.shape[0], linear_call=linear_call)
         attention, mlp = self.attention, self.mlp
         fused = linear_call is None
 
         normed, x = _norm(self.attention_norm, x, update, attention.qkv_proj, fused)
-        mixed, cache = attention.mix(call("qkv_proj", attention.qkv_proj, normed), rotary, cache)
+        qkv = call("qkv_proj", attention.qkv_proj, normed)
+        mixed, cache = attention.mix(qkv, rotary, cache, cache_is_empty=cache_is_empty)
         update = call("o_proj", attention.o_proj, mixed)
 
         normed, x = _norm(self.mlp_norm, x, update, mlp.gate_up_proj, fused)

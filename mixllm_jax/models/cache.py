@@ -6,36 +6,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from mixllm_jax.errors import OptionError
 from mixllm_jax.models.config import ModelConfig
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LayerCache:
-    """Keys and values of one layer, `[batch, max_length, num_kv_heads, head_dim]`; slot i holds position i."""
-
-    keys: Float[Array, "batch max_length heads head_dim"]
-    values: Float[Array, "batch max_length heads head_dim"]
-
-    def write(
-        self,
-        positions: Int[Array, "batch length"],
-        keys: Float[Array, "batch length heads head_dim"],
-        values: Float[Array, "batch length heads head_dim"],
-    ) -> "LayerCache":
-        """Stores new keys and values at each row's own positions.
-
-        Writes beyond the end are dropped: only the padding of a row can lie there (`Decoder` explains), and clamping
-        them would overwrite the row's last real token.
-        """
-        rows = jnp.arange(positions.shape[0])[:, None]
-        return LayerCache(
-            self.keys.at[rows, positions].set(keys.astype(self.keys.dtype), mode="drop"),
-            self.values.at[rows, positions].set(values.astype(self.values.dtype), mode="drop"),
-        )
+from pallas_kernels.kv_cache import LayerCache
 
 
 @jax.tree_util.register_dataclass
@@ -49,15 +24,20 @@ class KVCache:
     @property
     def max_length(self) -> int:
         """Positions each row has room for; static."""
-        return self.layers[0].keys.shape[1]
+        return self.layers[0].max_length
 
     @classmethod
     def zeros(cls, config: ModelConfig, batch: int, max_length: int, dtype: DTypeLike) -> "KVCache":
-        """An empty cache for `batch` rows of at most `max_length` tokens."""
-        shape = (batch, max_length, config.num_kv_heads, config.head_dim)
-        # Every array gets memory of its own, so that a jitted step may donate the whole cache.
-        layers = tuple(LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
+        """An empty cache for `batch` rows of at most `max_length` tokens; dtype int8 stores codes and scales."""
+        layers = tuple(
+            LayerCache.zeros(batch, max_length, config.num_kv_heads, config.head_dim, dtype)
+            for _ in range(config.num_layers)
+        )
         return cls(layers, jnp.zeros((batch,), jnp.int32))
+
+    def grown(self, max_length: int) -> "KVCache":
+        """The same content with room for `max_length` positions a row."""
+        return KVCache(tuple(layer.grown(max_length) for layer in self.layers), self.lengths)
 
 
 def require_room(prompt_lengths: Sequence[int], new_tokens: int, max_length: int) -> None:

@@ -11,12 +11,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mixllm_jax.models.block import Block
-from mixllm_jax.models.cache import KVCache, LayerCache
+from mixllm_jax.models.cache import KVCache
 from mixllm_jax.models.config import ModelConfig, layer_part_name
 from mixllm_jax.models.linear import Linear
 from mixllm_jax.models.norm import RMSNorm
 from mixllm_jax.models.parameters import Execution, Parameters, check_parameters
 from mixllm_jax.models.rope import rotary_embedding
+from pallas_kernels.kv_cache import LayerCache
 
 
 class Embedding(nnx.Module):
@@ -64,7 +65,7 @@ class Head(nnx.Module):
         """Logits, float32; `embedding` is used where there is no projection of its own."""
         x = self.norm(x)
         if self.lm_head is not None:
-            return self.lm_head(x).astype(jnp.float32)
+            return self.lm_head(x, out_dtype=jnp.float32)
         contracted = (((x.ndim - 1,), (1,)), ((), ()))
         return jax.lax.dot_general(x, embedding.weight.get_value(), contracted, preferred_element_type=jnp.float32)
 
@@ -127,6 +128,7 @@ class Decoder(nnx.Module):
         *,
         lengths: Int[Array, " batch"] | None = None,
         last_only: bool = False,
+        cache_is_empty: bool = False,
     ) -> tuple[Array, KVCache | None]:
         """Runs the model on new tokens.
 
@@ -135,6 +137,7 @@ class Decoder(nnx.Module):
             cache: The tokens before; returned anew with these added. None: there are none, and no cache is returned.
             lengths: int32, valid tokens of each row of `tokens`; all of them by default.
             last_only: Compute logits of the last valid token of each row alone.
+            cache_is_empty: The caller knows that the cache holds nothing yet (static), which makes attention cheaper.
 
         Returns:
             Float32 logits `[batch, length, vocab]`, or `[batch, vocab]` with `last_only`; and the cache. The caller
@@ -155,13 +158,15 @@ class Decoder(nnx.Module):
         update: Array | None = None
         layer_caches: list[LayerCache] = []
         for index, block in enumerate(self.layers):
-            x, update, layer_cache = block.step(x, update, rotary, None if cache is None else cache.layers[index])
+            layer_cache = None if cache is None else cache.layers[index]
+            x, update, layer_cache = block.step(x, update, rotary, layer_cache, cache_is_empty=cache_is_empty)
             if layer_cache is not None:
                 layer_caches.append(layer_cache)
         if update is not None:
             x = x + update
         if last_only:
-            x = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+            last = jnp.maximum(lengths - 1, 0)[:, None, None]
+            x = x[:, 0] if length == 1 else jnp.take_along_axis(x, last, axis=1)[:, 0]
         new_cache = None if cache is None else KVCache(tuple(layer_caches), cache.lengths + lengths)
         return self.head(x), new_cache
 

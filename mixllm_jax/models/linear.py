@@ -50,15 +50,18 @@ class Linear(nnx.Module):
         weight = self.weight.get_value()
         return weight.group_size if isinstance(weight, PackedWeight) and self.activation_bits == 8 else None
 
-    def __call__(self, x: Float[Array, "*batch in_features"] | QuantizedActivations) -> Array:
+    def __call__(
+        self, x: Float[Array, "*batch in_features"] | QuantizedActivations, *, out_dtype: DTypeLike | None = None
+    ) -> Array:
         """Applies the layer.
 
         Args:
             x: Float `[..., in_features]`, or, where `group_size` is not None, activations quantised with that group
                 size, which stand for a `[tokens, in_features]` array.
+            out_dtype: Dtype of the result; by default that of a float `x`, or `dtype`.
 
         Returns:
-            `[..., out_features]` in the dtype of a float `x`, or `[tokens, out_features]` in `dtype`.
+            `[..., out_features]`, or `[tokens, out_features]` of quantised activations.
 
         Raises:
             ValueError: Quantised activations were handed to a layer that cannot take them.
@@ -68,12 +71,15 @@ class Linear(nnx.Module):
         if isinstance(x, QuantizedActivations):
             if not isinstance(weight, PackedWeight) or self.group_size is None:
                 raise ValueError("this layer's weights or activations are float: it takes no QuantizedActivations")
-            return mixed_matmul(x, weight, bias, out_dtype=self.dtype, implementation=self.implementation)
+            out_dtype = out_dtype or self.dtype
+            return mixed_matmul(x, weight, bias, out_dtype=out_dtype, implementation=self.implementation)
+        out_dtype = out_dtype or x.dtype
         if isinstance(weight, PackedWeight):
             if self.group_size is not None:
                 flat = x.reshape(-1, x.shape[-1])
-                y = quantized_linear(flat, weight, bias, out_dtype=x.dtype, implementation=self.implementation)
+                y = quantized_linear(flat, weight, bias, out_dtype=out_dtype, implementation=self.implementation)
                 return y.reshape(*x.shape[:-1], y.shape[-1])
             weight = dequantize(weight)
-        y = jax.lax.dot_general(x, weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+        contracted = (((x.ndim - 1,), (1,)), ((), ()))
+        y = jax.lax.dot_general(x, weight.astype(x.dtype), contracted, preferred_element_type=out_dtype)
         return y if bias is None else y + bias.astype(y.dtype)

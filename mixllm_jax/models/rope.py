@@ -46,11 +46,3 @@ def rotary_embedding(config: ModelConfig, positions: Int[Array, "batch length"])
     """Tables for int32 `positions`; the angles are float32 whatever the compute dtype."""
     angles = positions[..., None].astype(jnp.float32) * inverse_frequencies(config)
     return RotaryEmbedding(positions, jnp.cos(angles), jnp.sin(angles))
-
-
-def apply_rotary(x: Float[Array, "batch length heads head_dim"], rotary: RotaryEmbedding) -> Array:
-    """Rotates channel pairs (i, i + head_dim / 2) of every head; float32 inside, result in the dtype of `x`."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = rotary.cos[:, :, None, :], rotary.sin[:, :, None, :]
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
