@@ -55,8 +55,8 @@ def load_arrays(path: Path, abstract: dict[str, np.ndarray]) -> dict[str, np.nda
 
 
 def to_json(value: Any) -> bytes:
-    """JSON with sorted keys."""
-    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+    """JSON; keys in their order."""
+    return (json.dumps(value, indent=1) + "\n").encode()
 
 
 def write_file_atomically(path: Path, content: bytes) -> None:

@@ -183,12 +183,11 @@ class CheckpointWriter:
 
     def _start_or_resume(self, overwrite: bool) -> None:
         run_file = self._state_dir / "run.json"
-        content = to_json(self._metadata)
         if self._resume and run_file.exists():
-            if run_file.read_bytes() == content:
+            changed = _changed_keys(json.loads(run_file.read_bytes()), self._metadata)
+            if not changed:
                 return
             if not overwrite:
-                changed = _changed_keys(json.loads(run_file.read_bytes()), self._metadata)
                 raise OptionError(
                     f"{self.partial_dir} holds an unfinished run with other settings ({', '.join(changed)} differ). "
                     "Repeat that run's command to finish it, or pass --overwrite (or delete that folder) "
@@ -199,7 +198,7 @@ class CheckpointWriter:
                 shutil.rmtree(child) if child.is_dir() else child.unlink()
         self._state_dir.mkdir()
         (self.partial_dir / "parts").mkdir()
-        write_file_atomically(run_file, content)
+        write_file_atomically(run_file, to_json(self._metadata))
 
 
 def _check_free_space(out_dir: Path, folder: Path, nbytes: int) -> None:
