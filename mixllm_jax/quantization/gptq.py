@@ -72,7 +72,9 @@ class GptqResult(NamedTuple):
     clipped: jax.Array
 
 
-def gptq(weight: jax.Array, hessian: FactoredHessian, eight_bit: jax.Array, *, clip_search: bool = True) -> GptqResult:
+def gptq(
+    weight: jax.Array, hessian: FactoredHessian, eight_bit: jax.Array | np.ndarray, *, clip_search: bool = True
+) -> GptqResult:
     """Quantises a linear weight.
 
     Args:

@@ -1,0 +1,47 @@
+"""One progress bar over all phases of a job, so that the time left is that of the whole job."""
+
+import sys
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+
+class Progress:
+    """A bar whose unit is the work of one plain forward pass through one block.
+
+    Args:
+        total: units of the whole job.
+        show: draw it on stderr.
+    """
+
+    def __init__(self, total: float, *, show: bool = True) -> None:
+        self._bar = tqdm(
+            total=total,
+            disable=not show,
+            file=sys.stderr,
+            dynamic_ncols=True,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left",
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def describe(self, text: str) -> None:
+        """Names what is being done now."""
+        self._bar.set_description_str(text)
+
+    def advance(self, units: float) -> None:
+        """Counts work just done."""
+        self._bar.update(units)
+
+    def skip(self, units: float) -> None:
+        """Counts work that an earlier run did; it does not make the rate look faster."""
+        if not self._bar.disable:  # a bar that is not drawn has no such attribute
+            self._bar.initial += units
+        self._bar.update(units)
