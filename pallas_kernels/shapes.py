@@ -38,6 +38,18 @@ MODELS: dict[str, LayerShapes] = {
 }
 
 
+def parse_shape(text: str) -> tuple[int, int]:
+    """`NxK` of a command line to `(out_features, in_features)`.
+
+    Raises:
+        ValueError: Something else.
+    """
+    n, cross, k = text.partition("x")
+    if not (cross and n.isdigit() and k.isdigit()):
+        raise ValueError(f"a shape is written NxK, such as 4096x14336; found {text!r}")
+    return int(n), int(k)
+
+
 def unique_shapes(models: list[str]) -> list[tuple[int, int]]:
     """The distinct shapes of these models, in order.
 

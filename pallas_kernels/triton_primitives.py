@@ -23,7 +23,7 @@ it to the float: an int32 accumulator that starts at `MAGIC_BITS` is converted b
 MAGIC_BITS = 0x4B400000
 
 
-def _primitive(name: str, reference: Callable[..., jax.Array], triton: Callable[..., ir.Value]) -> Any:
+def _primitive(name: str, reference: Callable[..., jax.Array], triton: Callable[..., Any]) -> Any:
     """A primitive that is `reference` in JAX, and `triton(context, *values)` inside a Triton kernel."""
     primitive = jax.extend.core.Primitive(f"mixllm_{name}")
     primitive.def_impl(reference)
@@ -43,10 +43,10 @@ def _out_type(ctx: Any) -> ir.Type:
     return ir.RankedTensorType.get(aval.shape, _lowering._dtype_to_ir_type(aval.dtype))
 
 
-def _inline_asm(asm: str, constraints: str, pack: int) -> Callable[..., ir.Value]:
+def _inline_asm(asm: str, constraints: str, pack: int) -> Callable[..., Any]:
     """Lowering to elementwise PTX; each instance takes `pack` neighbouring elements of every argument."""
 
-    def lower(ctx: Any, *args: ir.Value) -> ir.Value:
+    def lower(ctx: Any, *args: ir.Value) -> Any:
         return _triton.dialect.elementwise_inline_asm(
             [_out_type(ctx)], asm, constraints=constraints, pure=True, packed_element=pack, args=list(args)
         )

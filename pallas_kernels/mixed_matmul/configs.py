@@ -45,6 +45,11 @@ class Entry:
     config: Config
     microseconds: float
 
+    @property
+    def case(self) -> tuple[int, int, int, int, float]:
+        """What the configuration was tuned for."""
+        return self.tokens, self.n, self.k, self.group_size, self.share_8bit
+
     def to_json(self) -> dict[str, Any]:
         """As in a table file."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -74,8 +79,7 @@ def read_table(device_kind: str) -> tuple[Entry, ...]:
 
 def write_table(device_kind: str, entries: list[Entry], versions: dict[str, str]) -> Path:
     """Write a table, replacing entries of the same cases in an existing one."""
-    by_case = {dataclasses.replace(entry, config=None, microseconds=0.0): entry for entry in read_table(device_kind)}
-    by_case |= {dataclasses.replace(entry, config=None, microseconds=0.0): entry for entry in entries}
+    by_case = {entry.case: entry for entry in (*read_table(device_kind), *entries)}
     rows = sorted(by_case.values(), key=lambda entry: (entry.n, entry.k, entry.share_8bit, entry.tokens))
     path = table_path(device_kind)
     path.parent.mkdir(exist_ok=True)

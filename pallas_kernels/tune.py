@@ -1,0 +1,119 @@
+"""Finds the fastest configuration of the Triton matmul for each case and writes the device's table.
+
+python -m pallas_kernels.tune --models llama-3.1-8b --tokens 1 16 64
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+
+from pallas_kernels import registry
+from pallas_kernels.benchmark_data import bfloat16_array, copies_for, packed_weight
+from pallas_kernels.device_time import kernel_times, repeats_for
+from pallas_kernels.mixed_matmul import configs, pallas_triton
+from pallas_kernels.mixed_matmul.triton_few_tokens import FewTokensConfig
+from pallas_kernels.mixed_matmul.triton_many_tokens import ManyTokensConfig
+from pallas_kernels.quantize_activations.api import quantize_activations
+from pallas_kernels.shapes import MODELS, parse_shape, unique_shapes
+
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
+EXECUTIONS = 24
+"""Timed executions of a configuration; the median counts."""
+
+
+def candidates(tokens: int) -> Iterator[configs.Config]:
+    """The configurations to try for a number of tokens."""
+    if tokens <= 32:
+        token_tile = 8 if tokens <= 8 else 16
+        for rows, groups in ((16, 1), (16, 2), (16, 4), (32, 1), (32, 2), (64, 1)):
+            for warps, prefetch in itertools.product((4, 8, 16), (False, True)):
+                yield FewTokensConfig(rows, token_tile, warps, groups, prefetch)
+    if tokens > 16:
+        token_tiles = [tile for tile in (32, 64, 128, 256) if tile // 2 < tokens]
+        for rows, token_tile in itertools.product((64, 128), token_tiles):
+            for warps, stages in itertools.product((4, 8), (2, 3, 4, 5)):
+                if 32 <= rows * token_tile // (32 * warps) <= 128:  # accumulators of a thread
+                    yield ManyTokensConfig(rows, token_tile, warps, stages)
+
+
+def tune(
+    shapes: list[tuple[int, int]],
+    tokens: list[int],
+    shares: list[float],
+    group_size: int,
+    shown: int,
+    log: Callable[[str], None],
+) -> list[configs.Entry]:
+    """Time every candidate of every case; return the fastest of each case."""
+    entries = []
+    for (n, k), share in itertools.product(shapes, shares):
+        first = packed_weight(n, k, group_size, share, 0)
+        weights = [first] + [packed_weight(n, k, group_size, share, i) for i in range(1, copies_for(first.nbytes))]
+        for m in tokens:
+            activations = quantize_activations(bfloat16_array((m, k), m), group_size)
+
+            def compiled(config: configs.Config, activations: Any = activations, weight: Any = first) -> Any:
+                def case(activations: Any, weight: Any) -> jax.Array:
+                    return pallas_triton.mixed_matmul(activations, weight, None, out_dtype=jnp.bfloat16, config=config)
+
+                try:
+                    return jax.jit(case).lower(activations, weight).compile()
+                except Exception as error:  # a configuration that does not fit the device is no candidate
+                    return error
+
+            todo = list(candidates(m))
+            with ThreadPoolExecutor() as pool:
+                functions = list(pool.map(compiled, todo))
+            rows = []
+            for config, function in zip(todo, functions, strict=True):
+                if isinstance(function, Exception):
+                    log(f"  {config}: {str(function).splitlines()[0][:150]}")
+                    continue
+                times = kernel_times(
+                    function, [(activations, weight) for weight in weights], repeats_for(len(weights), EXECUTIONS)
+                )
+                rows.append((statistics.median(sum(k.microseconds for k in launch) for launch in times), config))
+            rows.sort(key=lambda row: row[0])
+            log(f"M={m} N={n} K={k} share={share}: " + "".join(f"\n  {us:.2f} {config}" for us, config in rows[:shown]))
+            entries.append(configs.Entry(m, n, k, group_size, share, rows[0][1], round(rows[0][0], 2)))
+    return entries
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["llama-3.1-8b"], choices=list(MODELS))
+    parser.add_argument("--shapes", nargs="+", type=parse_shape, metavar="NxK", help="instead of the models' shapes")
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.1], help="shares of 8-bit channels")
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--show", type=int, default=4, help="configurations to print for each case")
+    options = parser.parse_args(arguments)
+    if registry.compute_capability() is None:
+        print("tuning needs an NVIDIA GPU that JAX sees", file=sys.stderr)
+        return 1
+    entries = tune(
+        options.shapes or unique_shapes(options.models),
+        options.tokens,
+        options.shares,
+        options.group_size,
+        options.show,
+        lambda line: print(line, flush=True),
+    )
+    versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
+    print("wrote", configs.write_table(registry.device_kind(), entries, versions))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""The packed weight: layout, round trips, fusing, validation."""
+
+import dataclasses
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kernel_cases import make_case
+
+from pallas_kernels import packing
+
+
+def test_layout_of_a_group():
+    codes = np.arange(8, dtype=np.uint8)[None, :]
+    packed = packing.pack(
+        codes,
+        np.ones((1, 1)),
+        np.zeros((1, 1), np.uint8),
+        np.zeros((0, 8), np.int8),
+        np.zeros((0, 1)),
+        np.arange(1),
+        group_size=8,
+    )
+    # Byte j: code j in the low nibble, code j + 4 in the high one.
+    np.testing.assert_array_equal(packed.codes4[0, 0], [0x40, 0x51, 0x62, 0x73])
+
+
+@hypothesis.given(
+    n4=st.integers(0, 5),
+    n8=st.integers(0, 5),
+    groups=st.integers(1, 3),
+    half=st.integers(1, 8),
+    seed=st.integers(0, 99),
+)
+@hypothesis.settings(max_examples=20, deadline=None)
+def test_pack_and_unpack_are_inverses(n4: int, n8: int, groups: int, half: int, seed: int):
+    rng = np.random.default_rng(seed)
+    group_size = 2 * half
+    k = groups * group_size
+    unpacked = packing.UnpackedWeight(
+        rng.integers(0, 16, (n4, k)).astype(np.uint8),
+        rng.uniform(0, 1, (n4, groups)).astype(np.float16),
+        rng.integers(0, 16, (n4, groups)).astype(np.uint8),
+        rng.integers(-128, 128, (n8, k)).astype(np.int8),
+        rng.uniform(0, 1, (n8, groups)).astype(np.float16),
+        rng.permutation(n4 + n8).astype(np.int32),
+    )
+    for arrays in (unpacked, packing.UnpackedWeight(*map(jnp.asarray, unpacked))):
+        packed = packing.pack(*arrays, group_size=group_size)
+        packing.validate(packed, values=True)
+        for name, expected, actual in zip(unpacked._fields, unpacked, packing.unpack(packed), strict=True):
+            np.testing.assert_array_equal(actual, expected, err_msg=name)
+            assert actual.dtype == expected.dtype
+
+
+def test_numpy_stays_numpy_and_jax_stays_jax():
+    weight = make_case(1, 6, 64, 32, 0.5).weight
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(weight))
+    assert isinstance(packing.dequantize(weight), np.ndarray)
+    on_device = jax.tree.map(jnp.asarray, weight)
+    assert isinstance(packing.dequantize(on_device), jax.Array)
+    np.testing.assert_array_equal(packing.dequantize(on_device), packing.dequantize(weight))
+
+
+def test_dequantize_puts_rows_in_channel_order():
+    case = make_case(3, 7, 64, 32, 0.3, order="shuffled")
+    x = np.repeat(case.activations.scales.T.astype(np.float64), 32, axis=1) * case.activations.codes
+    np.testing.assert_allclose(x @ packing.dequantize(case.weight).T.astype(np.float64), case.expected, rtol=1e-6)
+
+
+def test_concatenate_fuses_channels():
+    weights = [make_case(1, n, 128, 64, share, seed=n).weight for n, share in ((5, 0.4), (3, 0.0), (4, 1.0))]
+    fused = packing.concatenate(weights)
+    packing.validate(fused, values=True)
+    expected = np.concatenate([packing.dequantize(weight) for weight in weights])
+    np.testing.assert_array_equal(packing.dequantize(fused), expected)
+    assert (fused.n4, fused.n8, fused.shape) == (6, 6, (12, 128))
+
+
+def test_concatenate_refuses_different_inputs():
+    with pytest.raises(ValueError, match="weight 1 has 128 and 32"):
+        packing.concatenate([make_case(1, 4, 64, 32, 0).weight, make_case(1, 4, 128, 32, 0).weight])
+    with pytest.raises(ValueError, match="at least one"):
+        packing.concatenate([])
+
+
+def test_nbytes_counts_everything():
+    weight = make_case(1, 10, 128, 64, 0.2).weight
+    assert weight.nbytes == 8 * 128 // 2 + 8 * 2 * 3 + 2 * 128 + 2 * 2 * 2 + 10 * 4
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("scales4", np.zeros((2, 3), np.float16), "scales4 must be float16"),
+        ("scales4", np.zeros((2, 4), np.float32), "scales4 must be float16"),
+        ("codes8", np.zeros((1, 4, 32), np.int8), "codes8 must be int8"),
+        ("codes8", np.zeros((4, 32), np.int8), "3 axes"),
+        ("channel_order", np.zeros(8, np.int32), "permutation"),
+        ("zero_points4", np.full((2, 4), 16, np.uint8), "0..15"),
+        ("scales8", np.full((2, 4), np.nan, np.float16), "finite"),
+        ("group_size", 7, "even"),
+    ],
+)
+def test_validate_names_the_field(field: str, value: object, message: str):
+    weight = make_case(1, 8, 64, 32, 0.5).weight
+    with pytest.raises(ValueError, match=message):
+        packing.validate(dataclasses.replace(weight, **{field: value}), values=True)
+
+
+def test_pack_refuses_codes_out_of_range():
+    arrays = {
+        "codes4": np.full((1, 32), 16),
+        "scales4": np.ones((1, 1)),
+        "zero_points4": np.zeros((1, 1)),
+        "codes8": np.zeros((0, 32)),
+        "scales8": np.ones((0, 1)),
+        "channel_order": np.arange(1),
+        "group_size": 32,
+    }
+    with pytest.raises(ValueError, match=r"0\.\.15"):
+        packing.pack(**arrays)
+    with pytest.raises(ValueError, match="group_size"):
+        packing.pack(**{**arrays, "group_size": 24})
