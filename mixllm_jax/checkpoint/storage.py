@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,21 @@ def _orbax_context() -> Any:
 
 class _DropOrbaxNoise(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        return not str(record.msg).startswith(_ORBAX_NOISE)
+        return not any(noise in record.getMessage() for noise in _ORBAX_NOISE)
 
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes arrays (none of them empty) as one Orbax checkpoint."""
     from orbax.checkpoint import v1 as ocp
 
-    with _orbax_context():
-        ocp.save(path, arrays)
+    def save() -> None:
+        with _orbax_context():
+            ocp.save(path, arrays)
+
+    # Ctrl-C must not leave Orbax's own threads writing into a folder that is being removed: it reaches this thread
+    # alone, and leaving the pool waits for the save to end before the interrupt goes on.
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(save).result()
     # Orbax notes the time and the absolute path of the commit; without them, equal models are equal files.
     commit_file, metadata_file = path / "commit_success.txt", path / "_CHECKPOINT_METADATA"
     commit_file.unlink(missing_ok=True)
