@@ -258,3 +258,8 @@ def test_not_a_model_folder(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="convert --from-hf"):
         CheckpointReader(tmp_path)
+
+
+def test_orbax_is_quiet_about_the_storage_we_chose(tmp_path, caplog):
+    CheckpointReader(write(tmp_path / "model")).read_part("final")
+    assert [record.getMessage() for record in caplog.records] == []
