@@ -125,7 +125,7 @@ class LoadedModel:
 
     def encode(self, prompt: str) -> list[int]:
         """Tokens of a text, with the tokens that the tokenizer puts before one."""
-        return list(self.tokenizer(prompt)["input_ids"])
+        return list(self.tokenizer(prompt, verbose=False)["input_ids"])
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of a conversation under the chat template, up to where the model's answer begins.
