@@ -15,7 +15,7 @@ TENSOR_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 
 
 class GGUFReader:
-    """One GGUF file, mapped into memory.
+    """One GGUF file.
 
     Attributes:
         path: The file.
@@ -74,12 +74,15 @@ class GGUFReader:
         """One tensor: float16 and bfloat16 as they are, everything else as float32 (which loses nothing)."""
         tensor = self._tensors[name]
         kind = tensor.tensor_type.name
+        # Read rather than taken from the library's memory map, which would grow to the size of the file.
+        data = np.fromfile(self.path, np.uint8, int(tensor.n_bytes), offset=int(tensor.data_offset))
+        data = data.view(tensor.data.dtype).reshape(tensor.data.shape)
         if kind == "F16":
-            values = np.asarray(tensor.data)
+            values = data
         elif kind == "BF16":
-            values = np.asarray(tensor.data).view(FLOAT_DTYPES["bfloat16"])
+            values = data.view(FLOAT_DTYPES["bfloat16"])
         else:
-            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            values = gguf.quants.dequantize(data, tensor.tensor_type)
         values = values.reshape(self.shapes[name])
         heads = self._heads.get(name.split(".")[2]) if name.startswith("blk.") else None
         return values if heads is None else _restore_rows(values, heads)

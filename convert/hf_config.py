@@ -85,17 +85,11 @@ def translate_config(values: Mapping[str, Any]) -> ModelConfig:
 
 def _require_supported(values: Mapping[str, Any]) -> str:
     """Checks everything that would change the arithmetic in a way we do not have; returns the model type."""
+    known_type = {model_type: name for name, model_type in ARCHITECTURES.items()}
     model_type = values.get("model_type")
-    classes = values.get("architectures") or [
-        name for name, known_type in ARCHITECTURES.items() if known_type == model_type
-    ]
-    if (
-        not classes
-        or ARCHITECTURES.get(classes[0]) is None
-        or ARCHITECTURES[classes[0]] != (model_type or ARCHITECTURES[classes[0]])
-    ):
-        found = f"{classes[0] if classes else 'no class'} with model_type {model_type!r}"
-        raise UnsupportedModelError(f"unsupported architecture {found}; {_SUPPORTED}")
+    name = (values.get("architectures") or [known_type.get(str(model_type))])[0]
+    if name not in ARCHITECTURES or model_type not in (None, ARCHITECTURES[name]):
+        raise UnsupportedModelError(f"unsupported architecture {name or model_type!r}; {_SUPPORTED}")
     if values.get("quantization_config"):
         method = dict(values["quantization_config"]).get("quant_method", "unknown")
         raise UnsupportedModelError(
@@ -104,7 +98,7 @@ def _require_supported(values: Mapping[str, Any]) -> str:
     activation = values.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise UnsupportedModelError(f"unsupported activation function {activation!r}; supported is silu")
-    return ARCHITECTURES[classes[0]]
+    return ARCHITECTURES[name]
 
 
 def _rope(values: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -31,7 +30,6 @@ class SafetensorsReader:
     def __init__(self, files: list[Path]) -> None:
         self.shapes: dict[str, Shape] = {}
         self._file_of: dict[str, Path] = {}
-        self._open: tuple[Path, Any] | None = None
         wrong_dtypes = []
         for file in files:
             for name, shape, dtype in _read_header(file):
@@ -51,9 +49,9 @@ class SafetensorsReader:
         """One tensor; `CheckpointError` where the file cannot be read any more."""
         file = self._file_of[name]
         try:
-            if self._open is None or self._open[0] != file:
-                self._open = (file, safe_open(file, framework="numpy"))
-            return self._open[1].get_tensor(name)
+            # Opened anew each time: what was read of a file stays mapped, and counts as memory, until it is closed.
+            with safe_open(file, framework="numpy") as handle:
+                return handle.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: tensor {name} cannot be read: {error}") from error
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 
 import ml_dtypes
@@ -187,8 +188,6 @@ def test_harmless_extras_are_ignored_and_companions_copied(tmp_path):
 
 def test_no_torch_is_imported(tmp_path):
     """Safetensors are read without torch even where it is installed."""
-    import subprocess
-
     folder, _ = write_checkpoint(tmp_path / "hf")
     code = (
         "import sys; from convert.__main__ import main; "
@@ -330,3 +329,26 @@ def test_saved_folder_of_transformers_round_trips(tmp_path):
         parts["layer_0002"]["attention.qkv_proj.bias"],
         np.concatenate([tensors[f"model.layers.2.self_attn.{name}_proj.bias"] for name in "qkv"]),
     )
+
+
+def peak_memory_of_conversion(folder, out):
+    """Most resident bytes of a process that converts this folder."""
+    code = (
+        "import sys; from convert.__main__ import main; "
+        f"code = main(['--from-hf', {str(folder)!r}, '--out', {str(out)!r}]); "
+        "print(open('/proc/self/status').read()); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, timeout=300, capture_output=True, text=True)
+    return 1024 * int(done.stdout.split("VmHWM:")[1].split()[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
+    layer = {"hidden_size": 256, "intermediate_size": 2048, "num_attention_heads": 4, "num_key_value_heads": 4}
+    sizes, peaks = [], []
+    for layers in (4, 24):
+        folder, tensors = write_checkpoint(tmp_path / f"hf{layers}", LLAMA | layer | {"num_hidden_layers": layers})
+        sizes.append(sum(tensor.nbytes for tensor in tensors.values()))
+        peaks.append(peak_memory_of_conversion(folder, tmp_path / f"out{layers}"))
+    assert sizes[1] - sizes[0] > 120e6
+    assert peaks[1] - peaks[0] < 0.4 * (sizes[1] - sizes[0])
