@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from convert import gguf_config, gguf_tokenizer, hf_config, names
-from convert.gguf_reader import GGUFReader
+from convert import hf_config, names
 from convert.hub import find_checkpoint
 from convert.safetensors_reader import SafetensorsReader, read_index
 from convert.tensors import FLOAT_DTYPES, TensorReader, check_finite, check_tensors
@@ -102,6 +101,10 @@ def convert_from_gguf(
     file = Path(file).expanduser()
     if not file.is_file():
         raise CheckpointError(f"{file} is not a file; give a .gguf file")
+    # Late: the package gguf is of no use to any other conversion.
+    from convert import gguf_config, gguf_tokenizer
+    from convert.gguf_reader import GGUFReader
+
     reader = GGUFReader(file)
     config = gguf_config.read_config(reader)
 

@@ -64,7 +64,12 @@ def tokenizer_files(reader: GGUFReader, config: ModelConfig) -> dict[str, bytes]
         "model_max_length": config.max_position_embeddings,
         **{name: tokens[token] for name, token in ids.items()},
     }
-    generation = {name.replace("token", "token_id"): token for name, token in ids.items() if name != "unk_token"}
+    generation: dict[str, Any] = {
+        name.replace("token", "token_id"): token for name, token in ids.items() if name != "unk_token"
+    }
+    turn_end = reader.metadata("tokenizer.ggml.eot_token_id")
+    if turn_end is not None and turn_end != ids.get("eos_token"):  # chat models may end a turn with a token of its own
+        generation["eos_token_id"] = [*([ids["eos_token"]] if "eos_token" in ids else []), turn_end]
     files = {
         "tokenizer.json": tokenizer.to_str(pretty=False).encode(),
         "tokenizer_config.json": _json(settings),

@@ -4,17 +4,19 @@ import dataclasses
 import json
 import struct
 
-import gguf
 import numpy as np
 import pytest
-from gguf_files import random_tensors, write_gguf
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from convert.__main__ import main as convert
-from convert.gguf_reader import GGUFReader
 from mixllm_jax.checkpoint import CheckpointReader
 from mixllm_jax.models.config import ModelConfig, RopeScaling
+
+gguf = pytest.importorskip("gguf", reason="GGUF files are read and written with the package gguf")
+from gguf_files import random_tensors, write_gguf  # noqa: E402
+
+from convert.gguf_reader import GGUFReader  # noqa: E402
 
 SMALL = ModelConfig(
     architecture="llama",
@@ -312,6 +314,7 @@ def add_tokenizer(tokenizer, pre, **settings):
         writer.add_token_merges([" ".join(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]])
         writer.add_bos_token_id(tokenizer.token_to_id("<|user|>"))
         writer.add_eos_token_id(tokenizer.token_to_id("<|end|>"))
+        writer.add_eot_token_id(tokenizer.token_to_id(settings.get("turn_end", "<|end|>")))
         writer.add_chat_template("{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}")
         if "add_bos" in settings:
             writer.add_add_bos_token(settings["add_bos"])
@@ -343,15 +346,17 @@ def test_byte_level_tokenizers_encode_like_the_original(tmp_path, pre):
     assert generation["eos_token_id"] == original.token_to_id("<|end|>")
 
 
-def test_bos_token_is_added_where_the_file_says_so(tmp_path):
+def test_bos_token_and_end_of_turn_where_the_file_says_so(tmp_path):
     original = train_byte_level("llama-bpe")
     config = dataclasses.replace(SMALL, vocab_size=original.get_vocab_size())
-    tokens = add_tokenizer(original, "llama-bpe", add_bos=True)
+    tokens = add_tokenizer(original, "llama-bpe", add_bos=True, turn_end="<|user|>")
     file = write_gguf(tmp_path / "m.gguf", config, random_tensors(config), tokens=tokens)
     tokenizer = load_tokenizer(converted(file, tmp_path / "out").path)
     bos = original.token_to_id("<|user|>")
     assert tokenizer.encode("hello") == [bos, *original.encode("hello").ids]
     assert tokenizer.encode("hello", add_special_tokens=False) == original.encode("hello").ids
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [original.token_to_id("<|end|>"), bos]  # the file's end of a turn stops too
 
 
 def train_sentencepiece():
