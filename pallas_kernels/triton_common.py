@@ -39,7 +39,10 @@ def next_power_of_2(value: int) -> int:
 
 def refuses_triton(group_size: int, elements: int, *, interpret: bool) -> str | None:
     """Why the Triton kernels cannot run here on arrays of this size, or None."""
-    if not interpret:
+    if interpret:
+        if registry.default_platform() != "cpu":
+            return "interpret mode is for tests on a CPU"
+    else:
         capability = registry.compute_capability()
         if registry.default_platform() != "gpu" or capability is None:
             return f"it needs an NVIDIA GPU, and JAX's default device is a {registry.default_platform()}"

@@ -14,6 +14,7 @@ import jax.extend.core
 import jax.numpy as jnp
 from jax._src.lib import triton as _triton
 from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import gpu as _gpu
 from jax._src.pallas.triton import lowering as _lowering
 from jax.interpreters import mlir
 
@@ -73,6 +74,22 @@ def int8_dot(a: jax.Array, b: jax.Array) -> jax.Array:
     axis, so that the warps of a program can split K among them.
     """
     return _int8_dot.bind(a, b)
+
+
+def _loads_before_triton(ctx: Any, value: ir.Value) -> ir.Value:
+    _gpu.barrier()
+    return value
+
+
+_loads_before = _primitive("loads_before", lambda value: value, _loads_before_triton)
+
+
+def loads_before(value: jax.Array) -> jax.Array:
+    """`value`, behind a barrier that keeps the loads written before it from being put off.
+
+    The PTX assembler moves loads down to their uses to save registers, which leaves few of them in flight.
+    """
+    return _loads_before.bind(value)
 
 
 # Both nibble operations work on four codes in a 32-bit register. Setting the top bit of every byte first keeps the

@@ -36,8 +36,9 @@ def candidates(tokens: int) -> Iterator[configs.Config]:
     if tokens <= 32:
         token_tile = 8 if tokens <= 8 else 16
         for rows, groups in ((16, 1), (16, 2), (16, 4), (32, 1), (32, 2), (64, 1)):
-            for warps, prefetch in itertools.product((4, 8, 16), (False, True)):
-                yield FewTokensConfig(rows, token_tile, warps, groups, prefetch)
+            for warps, prefetch in itertools.product((2, 4, 8, 16), (False, True)):
+                if rows * warps <= 256:
+                    yield FewTokensConfig(rows, token_tile, warps, groups, prefetch)
     if tokens > 16:
         token_tiles = [tile for tile in (32, 64, 128, 256) if tile // 2 < tokens]
         for rows, token_tile in itertools.product((64, 128), token_tiles):

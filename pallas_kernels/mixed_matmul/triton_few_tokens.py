@@ -22,9 +22,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.activations import QuantizedActivations
-from pallas_kernels.mixed_matmul.triton_tiles import Problem, Refs, clamp, iota, operands, problem_of, store_tile
+from pallas_kernels.mixed_matmul.triton_tiles import (
+    Problem,
+    Refs,
+    clamp,
+    iota,
+    load_destination,
+    operands,
+    problem_of,
+    store_tile,
+)
 from pallas_kernels.packing import PackedWeight
-from pallas_kernels.triton_primitives import MAGIC_BITS, fma, int8_dot, scale_magic, subtract_zero_points
+from pallas_kernels.triton_primitives import (
+    MAGIC_BITS,
+    fma,
+    int8_dot,
+    loads_before,
+    scale_magic,
+    subtract_zero_points,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +52,7 @@ class FewTokensConfig:
         tokens: Tokens of a program: 8, or a multiple of 16.
         warps: Warps of a program, each of which takes every `warps`-th group.
         groups: Groups whose weights a warp loads at once.
-        prefetch: Whether to load the next step's operands before computing with this step's.
+        prefetch: Whether to load the next step's weights before computing with this step's.
     """
 
     rows: int
@@ -94,27 +110,28 @@ def _compute_tile(
     config: FewTokensConfig,
 ) -> None:
     row0 = tile * config.rows_of(bits)
-    load = functools.partial(_load_step, refs, row0, token0, bits, problem, config)
-    compute = functools.partial(_compute_step, bits, problem)
+    load = functools.partial(_load_weights, refs, row0, bits, problem, config)
+    compute = functools.partial(_compute_step, refs, token0, bits, problem, config)
     # Blocks of the instruction's size, each with its own loads: Triton keeps the small loads of scales in the layout
     # in which they are used only where they have fewer elements than the program has threads.
     block = (config.warps, 16, min(16, config.tokens))
     totals = [[jnp.zeros(block, jnp.float32) for _ in _blocks(config.tokens)] for _ in _blocks(config.rows_of(bits))]
+    destinations = [load_destination(refs, problem, bits, row0 + row, 16) for row in _blocks(config.rows_of(bits))]
     steps = pl.cdiv(problem.num_groups, config.warps * config.groups)
     if config.prefetch and steps > 1:
 
         def body(step: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-            loaded, totals = carry
+            weights, totals = carry
             following = load(step + 1)
-            return following, compute(loaded, totals)
+            return following, compute(step, weights, totals)
 
-        loaded, totals = jax.lax.fori_loop(0, steps - 1, body, (load(0), totals))
-        totals = compute(loaded, totals)
+        weights, totals = jax.lax.fori_loop(0, steps - 1, body, (load(jnp.int32(0)), totals))
+        totals = compute(jnp.int32(steps - 1), weights, totals)
     else:
-        totals = jax.lax.fori_loop(0, steps, lambda step, totals: compute(load(step), totals), totals)
-    for row, row_totals in zip(_blocks(config.rows_of(bits)), totals, strict=True):
+        totals = jax.lax.fori_loop(0, steps, lambda step, totals: compute(step, load(step), totals), totals)
+    for destination, row_totals in zip(destinations, totals, strict=True):
         for token, total in zip(_blocks(config.tokens), row_totals, strict=True):
-            store_tile(refs, out_ref, jnp.sum(total, axis=0), problem, bits, row0 + row, token0 + token)
+            store_tile(out_ref, jnp.sum(total, axis=0), destination, problem, token0 + token)
 
 
 def _blocks(size: int) -> range:
@@ -122,98 +139,96 @@ def _blocks(size: int) -> range:
     return range(0, size, 16)
 
 
-def _load_step(
-    refs: Refs,
-    row0: jax.Array,
-    token0: jax.Array,
-    bits: int,
-    problem: Problem,
-    config: FewTokensConfig,
-    step: jax.Array | int,
-) -> list[Any]:
-    """The operands of one step: for each of its `groups` groups the blocks of weights and of activations."""
-    warps, num_groups = config.warps, problem.num_groups
-    ragged = num_groups % (warps * config.groups) != 0
-    loaded = []
-    for index in range(config.groups):
-        first = (step * config.groups + index) * warps
-        group3, group4 = first + iota(warps, 0, 3), first + iota(warps, 1, 4)
-        # Groups past the end are read from the last one and get scale 0.
-        real = group3 < num_groups if ragged else None
-        if ragged:
-            group3, group4 = jnp.minimum(group3, num_groups - 1), jnp.minimum(group4, num_groups - 1)
-        rows = config.rows_of(bits)
-        weights = [_load_weights(refs, bits, problem, rows, group3, group4, row0 + start) for start in _blocks(rows)]
-        activations = [
-            _load_activations(refs, bits, problem, config, group3, group4, real, token0 + start)
-            for start in _blocks(config.tokens)
-        ]
-        loaded.append((weights, activations))
-    return loaded
+def _group_index(
+    step: jax.Array, index: int, axis: int, ndim: int, problem: Problem, config: FewTokensConfig
+) -> tuple[jax.Array, jax.Array | None]:
+    """The group of each warp, along `axis`, and where it exists (None: everywhere).
+
+    Groups past the end are read from the last one; their scale is set to 0.
+    """
+    group = (step * config.groups + index) * config.warps + iota(config.warps, axis, ndim)
+    if problem.num_groups % (config.warps * config.groups) == 0:
+        return group, None
+    return jnp.minimum(group, problem.num_groups - 1), group < problem.num_groups
 
 
 def _load_weights(
-    refs: Refs, bits: int, problem: Problem, rows: int, group3: jax.Array, group4: jax.Array, row0: jax.Array
-) -> tuple[Any, ...]:
-    """Codes, zero points and scales of 16 of a program's rows, of one group for each warp."""
-    channels, group_size = problem.channels(bits), problem.group_size
-    row3 = clamp(row0 + iota(16, 1, 3), channels, rows)
-    row4 = clamp(row0 + iota(2, 0, 4) * 8 + iota(8, 2, 4), channels, rows)
-    scale = plgpu.load(refs[f"scales{bits}"].at[group3 * channels + row3])
-    if bits == 4:
-        zero_point = plgpu.load(refs["zero_points4"].at[group4 * channels + row4])
-        width, count, stride = group_size // 2, 1, group_size // 2
-    else:
-        zero_point = None
-        width, count, stride = min(64, group_size), pl.cdiv(group_size, 64), group_size
-    starts = (group4 * channels + row4) * stride + iota(width, 3, 4)
-    codes = [
-        plgpu.load(refs[f"codes{bits}"].at[starts + part * width], eviction_policy="evict_first")
-        for part in range(count)
-    ]
-    return codes, zero_point, scale
+    refs: Refs, row0: jax.Array, bits: int, problem: Problem, config: FewTokensConfig, step: jax.Array
+) -> list[list[tuple[Any, ...]]]:
+    """Codes, zero points and scales of one step: for each of its groups, for each block of 16 rows."""
+    channels, group_size, rows = problem.channels(bits), problem.group_size, config.rows_of(bits)
+    width = group_size // 2 if bits == 4 else min(64, group_size)
+    stride = group_size * bits // 8
+    loaded = []
+    for index in range(config.groups):
+        group3, _ = _group_index(step, index, 0, 3, problem, config)
+        group4, _ = _group_index(step, index, 1, 4, problem, config)
+        blocks = []
+        for start in _blocks(rows):
+            row3 = clamp(row0 + start + iota(16, 1, 3), channels, rows)
+            row4 = clamp(row0 + start + iota(2, 0, 4) * 8 + iota(8, 2, 4), channels, rows)
+            first = (group4 * channels + row4) * stride + iota(width, 3, 4)
+            codes = [
+                plgpu.load(refs[f"codes{bits}"].at[first + part], eviction_policy="evict_first")
+                for part in range(0, stride, width)
+            ]
+            zero_point = plgpu.load(refs["zero_points4"].at[group4 * channels + row4]) if bits == 4 else None
+            blocks.append((codes, zero_point, plgpu.load(refs[f"scales{bits}"].at[group3 * channels + row3])))
+        loaded.append(blocks)
+    return loaded
 
 
 def _load_activations(
-    refs: Refs,
-    bits: int,
-    problem: Problem,
-    config: FewTokensConfig,
-    group3: jax.Array,
-    group4: jax.Array,
-    real: jax.Array | None,
-    token0: jax.Array,
-) -> tuple[Any, ...]:
-    """Codes, in the parts that the weights come in, and scales of 8 or 16 tokens, of one group for each warp."""
-    block = min(16, config.tokens)
-    token3 = clamp(token0 + iota(block, 2, 3), problem.tokens, config.tokens)
-    token4 = clamp(token0 + iota(block // 8, 0, 4) * 8 + iota(8, 2, 4), problem.tokens, config.tokens)
+    refs: Refs, token0: jax.Array, bits: int, problem: Problem, config: FewTokensConfig, step: jax.Array, index: int
+) -> list[tuple[list[jax.Array], jax.Array]]:
+    """Codes, in the parts that the weights come in, and scales of one group: for each block of 8 or 16 tokens."""
+    group3, real = _group_index(step, index, 0, 3, problem, config)
+    group4, _ = _group_index(step, index, 1, 4, problem, config)
     width = _part_width(bits, problem.group_size)
-    starts = token4 * problem.in_features + group4 * problem.group_size + iota(width, 3, 4)
-    codes = [plgpu.load(refs["codes"].at[starts + k]) for k in range(0, problem.group_size, width)]
-    scale = plgpu.load(refs["activation_scales"].at[group3 * problem.tokens + token3])
-    return codes, scale if real is None else jnp.where(real, scale, 0.0)
+    short = _is_short(bits, problem.group_size)
+    block = min(16, config.tokens)
+    blocks = []
+    for start in _blocks(config.tokens):
+        token3 = clamp(token0 + start + iota(block, 2, 3), problem.tokens, config.tokens)
+        token4 = clamp(token0 + start + iota(block // 8, 0, 4) * 8 + iota(8, 2, 4), problem.tokens, config.tokens)
+        first = token4 * problem.in_features + group4 * problem.group_size + iota(width, 3, 4)
+        parts = [plgpu.load(refs["codes"].at[first + part]) for part in range(0, problem.group_size, width)]
+        scale = plgpu.load(refs["activation_scales"].at[group3 * problem.tokens + token3])
+        columns = [(_merge_rows(part) if short else _fragments(part)).transpose(0, 2, 1) for part in parts]
+        blocks.append((columns, scale if real is None else jnp.where(real, scale, 0.0)))
+    return blocks
 
 
 def _part_width(bits: int, group_size: int) -> int:
-    """Input channels of one dot: the halves of a 4-bit group, unless these are shorter than the instruction's 32."""
+    """Input channels of one dot: half a 4-bit group, unless that is shorter than the instruction's 32."""
     return max(32, group_size // 2) if bits == 4 else min(64, group_size)
 
 
-def _compute_step(bits: int, problem: Problem, loaded: list[Any], totals: Any) -> Any:
+def _is_short(bits: int, group_size: int) -> bool:
+    """Whether the halves of a group are too short for a dot each, so that they are joined."""
+    return bits == 4 and group_size == 32
+
+
+def _compute_step(
+    refs: Refs,
+    token0: jax.Array,
+    bits: int,
+    problem: Problem,
+    config: FewTokensConfig,
+    step: jax.Array,
+    weights: list[list[tuple[Any, ...]]],
+    totals: Any,
+) -> Any:
     """Add one step to the warps' sums, float32 `[warps, 16, tokens]` for each block."""
     totals = [list(row) for row in totals]
-    short = bits == 4 and problem.group_size == 32
-    for weights, activations in loaded:
-        columns = [
-            ([(_merge_rows(part) if short else _fragments(part)).transpose(0, 2, 1) for part in codes], scale)
-            for codes, scale in activations
-        ]
-        for row, (codes, zero_point, scale) in enumerate(weights):
-            parts = _weight_parts(codes, zero_point, short)
-            for token, (column_parts, column_scale) in enumerate(columns):
+    step = loads_before(step)
+    for index, blocks in enumerate(weights):
+        activations = _load_activations(refs, token0, bits, problem, config, step, index)
+        for row, (codes, zero_point, scale) in enumerate(blocks):
+            parts = _weight_parts(codes, zero_point, _is_short(bits, problem.group_size))
+            for token, (columns, column_scale) in enumerate(activations):
                 accumulator = jnp.full(totals[row][token].shape, MAGIC_BITS, jnp.int32)
-                for part, column in zip(parts, column_parts, strict=True):
+                for part, column in zip(parts, columns, strict=True):
                     accumulator = accumulator + int8_dot(part, column)
                 scaled = scale_magic(accumulator, scale.astype(jnp.float32))
                 totals[row][token] = fma(scaled, column_scale, totals[row][token])

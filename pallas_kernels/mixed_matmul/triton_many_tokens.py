@@ -17,7 +17,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.activations import QuantizedActivations
-from pallas_kernels.mixed_matmul.triton_tiles import Problem, Refs, clamp, iota, operands, problem_of, store_tile
+from pallas_kernels.mixed_matmul.triton_tiles import (
+    Problem,
+    Refs,
+    clamp,
+    iota,
+    load_destination,
+    operands,
+    problem_of,
+    store_tile,
+)
 from pallas_kernels.packing import PackedWeight
 from pallas_kernels.triton_primitives import MAGIC_BITS, fma, int8_dot, scale_magic, subtract_zero_points
 
@@ -120,6 +129,7 @@ def _compute_tile(
         scaled = scale_magic(accumulator, weight_scale.astype(jnp.float32))
         return fma(scaled, activation_scale, total), following
 
+    destination = load_destination(refs, problem, bits, row0, config.rows)
     total = jnp.zeros((config.rows, config.tokens), jnp.float32)
     total, _ = jax.lax.fori_loop(0, problem.num_groups, body, (total, load_scales(0)))
-    store_tile(refs, out_ref, total, problem, bits, row0, token0)
+    store_tile(out_ref, total, destination, problem, token0)

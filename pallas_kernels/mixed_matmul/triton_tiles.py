@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,22 +73,33 @@ def clamp(index: jax.Array, size: int, block: int) -> jax.Array:
     return index if size % block == 0 else jnp.minimum(index, size - 1)
 
 
-def store_tile(
-    refs: Refs, out_ref: Any, tile: jax.Array, problem: Problem, bits: int, row0: jax.Array, token0: jax.Array
-) -> None:
-    """Add the bias to a finished float32 tile `[rows, tokens]` and put its columns in their places in the output."""
-    rows, tokens = tile.shape
+class Destination(NamedTuple):
+    """Where the rows of a tile go, each `[rows, 1]`; loaded before the main loop, since it takes a while to arrive."""
+
+    channel: jax.Array
+    exists: jax.Array
+    bias: jax.Array | None
+
+
+def load_destination(refs: Refs, problem: Problem, bits: int, row0: jax.Array, rows: int) -> Destination:
+    """The output channels of a tile's rows, and their biases."""
     row = row0 + iota(rows, 0, 2)
-    token = token0 + iota(tokens, 1, 2)
-    valid_row = row < problem.channels(bits)
+    exists = row < problem.channels(bits)
     first = 0 if bits == 4 else problem.n4
     # Rows past the end point past the output: interpret mode writes masked elements back, which must not hit real ones.
     beyond = problem.tokens * problem.out_features
-    channel = plgpu.load(refs["order"].at[first + row], mask=valid_row, other=beyond)
-    if "bias" in refs:
-        tile = tile + plgpu.load(refs["bias"].at[channel], mask=valid_row, other=0).astype(jnp.float32)
+    channel = plgpu.load(refs["order"].at[first + row], mask=exists, other=beyond)
+    bias = plgpu.load(refs["bias"].at[channel], mask=exists, other=0) if "bias" in refs else None
+    return Destination(channel, exists, bias)
+
+
+def store_tile(out_ref: Any, tile: jax.Array, destination: Destination, problem: Problem, token0: jax.Array) -> None:
+    """Add the bias to a finished float32 tile `[rows, tokens]` and put its columns in their places in the output."""
+    token = token0 + iota(tile.shape[1], 1, 2)
+    if destination.bias is not None:
+        tile = tile + destination.bias.astype(jnp.float32)
     plgpu.store(
-        out_ref.at[token * problem.out_features + channel],
+        out_ref.at[token * problem.out_features + destination.channel],
         tile.astype(out_ref.dtype),
-        mask=valid_row & (token < problem.tokens),
+        mask=destination.exists & (token < problem.tokens),
     )

@@ -1,0 +1,294 @@
+"""Times the quantised linear against the bf16 one on the shapes of real models, and stores a table and a plot.
+
+python -m pallas_kernels.benchmark --out docs/results/kernels_h100.json
+
+For each shape, number of tokens M and share of 8-bit channels: (a) quantising the activations and the matmul, (b) the
+matmul alone, (c) a bf16 `jnp` dot, all as device time in one run, with weights that come from memory. The floor is the
+larger of the weight's bytes at the measured copy bandwidth and the operations at the measured int8 rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+# The baseline is cuBLAS; without Triton candidates for bf16 dots, compiling all of them takes a minute instead of ten.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_triton_gemm=false"
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+
+from pallas_kernels import registry
+from pallas_kernels.benchmark_data import bfloat16_array, copies_for, packed_weight
+from pallas_kernels.device_time import KernelTime, kernel_times, repeats_for
+from pallas_kernels.mixed_matmul.api import OPERATION, mixed_matmul
+from pallas_kernels.quantize_activations.api import quantize_activations
+from pallas_kernels.shapes import MODELS, parse_shape, unique_shapes
+
+TOKENS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+SHARES = (0.0, 0.1, 1.0)
+GROUP_SIZE = 128
+QUICK_SHAPES = ((4096, 4096), (28672, 4096))
+QUICK_TOKENS = (1, 16, 128, 1024)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table; times in microseconds."""
+
+    m: int
+    n: int
+    k: int
+    share_8bit: float
+    group_size: int
+    implementation: str
+    quantize_matmul_us: float
+    matmul_us: float
+    bf16_us: float
+    floor_us: float
+
+    @property
+    def speedup(self) -> float:
+        """Of quantising and multiplying over the bf16 dot."""
+        return self.bf16_us / self.quantize_matmul_us
+
+    @property
+    def tops(self) -> float:
+        """10**12 operations a second of the matmul alone."""
+        return 2e-6 * self.m * self.n * self.k / self.matmul_us
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """What the device was measured to do in the same run."""
+
+    copy_bytes_per_second: float
+    int8_operations_per_second: float
+
+    def floor_us(self, m: int, n: int, k: int, weight_bytes: float) -> float:
+        """The least time that one product can take."""
+        return 1e6 * max(weight_bytes / self.copy_bytes_per_second, 2 * m * n * k / self.int8_operations_per_second)
+
+
+Compiled = Callable[..., Any]
+
+
+def compile_all(jobs: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Compiled]:
+    """Compile functions for their arguments (arrays or shapes), on all processors."""
+
+    def compile_one(job: tuple[Callable[..., Any], tuple[Any, ...]]) -> Compiled:
+        function, arguments = job
+        return jax.jit(function).lower(*arguments).compile()
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(compile_one, jobs))
+
+
+def total_us(times: list[list[KernelTime]], part: str = "") -> float:
+    """Median over executions of the time of the kernels whose name contains `part`."""
+    return statistics.median(sum(kernel.microseconds for kernel in run if part in kernel.name) for run in times)
+
+
+def measure_ceilings() -> Ceilings:
+    """Bandwidth of a large copy, bytes read plus bytes written, and rate of a large int8 product."""
+    source = jnp.zeros(1 << 29, jnp.int32) + jnp.arange(1 << 29, dtype=jnp.int32)
+    [copy] = compile_all([(lambda x: x ^ 1, (source,))])
+    copy_us = total_us(kernel_times(copy, [(source,)], 8))
+    nbytes = 2 * source.nbytes
+    source.delete()
+    size = 8192
+    a, b = (jax.random.randint(jax.random.key(seed), (size, size), -127, 128, jnp.int8) for seed in range(2))
+
+    def int8_dot(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+
+    [dot] = compile_all([(int8_dot, (a, b))])
+    dot_us = total_us(kernel_times(dot, [(a, b)], 8))
+    return Ceilings(nbytes / copy_us * 1e6, 2 * size**3 / dot_us * 1e6)
+
+
+def linear(x: jax.Array, weight: Any, implementation: str) -> jax.Array:
+    """(a): what a layer with float input runs."""
+    activations = quantize_activations(x, weight.group_size)
+    return mixed_matmul(activations, weight, out_dtype=x.dtype, implementation=implementation)
+
+
+def bf16_dot(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """(c): the float layer, weight `[out_features, in_features]`."""
+    return jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())))
+
+
+def executions_for(m: int) -> int:
+    """Timed executions: many where they are short."""
+    return 32 if m <= 64 else 12 if m <= 512 else 5
+
+
+def benchmark(
+    shapes: Sequence[tuple[int, int]],
+    tokens: Sequence[int],
+    shares: Sequence[float],
+    implementation: str,
+    log: Callable[[str], None],
+) -> tuple[list[Row], Ceilings]:
+    """Measure every case."""
+    ceilings = measure_ceilings()
+    log(
+        f"copy {ceilings.copy_bytes_per_second / 1e12:.2f} TB/s, "
+        f"int8 {ceilings.int8_operations_per_second / 1e12:.0f} TOP/s"
+    )
+    rows = []
+    for n, k in shapes:
+        started = time.perf_counter()
+        inputs = {m: bfloat16_array((m, k), m) for m in tokens}
+        floats = [bfloat16_array((n, k), seed) for seed in range(copies_for(2.0 * n * k))]
+        packed = {}
+        for share in shares:
+            first = packed_weight(n, k, GROUP_SIZE, share, 0)
+            packed[share] = [first] + [
+                packed_weight(n, k, GROUP_SIZE, share, seed) for seed in range(1, copies_for(first.nbytes))
+            ]
+        cases = list(itertools.product(shares, tokens))
+        jobs: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
+            (lambda x, weight: linear(x, weight, implementation), (inputs[m], packed[share][0])) for share, m in cases
+        ]
+        jobs += [(bf16_dot, (inputs[m], floats[0])) for m in tokens]
+        functions = compile_all(jobs)
+        compiled = time.perf_counter() - started
+        bf16_us = {
+            m: total_us(
+                kernel_times(
+                    function,
+                    [(inputs[m], weight) for weight in floats],
+                    repeats_for(len(floats), executions_for(m)),
+                )
+            )
+            for m, function in zip(tokens, functions[len(cases) :], strict=True)
+        }
+        for (share, m), function in zip(cases, functions[: len(cases)], strict=True):
+            weights = packed[share]
+            times = kernel_times(
+                function,
+                [(inputs[m], weight) for weight in weights],
+                repeats_for(len(weights), executions_for(m)),
+            )
+            activations = jax.eval_shape(lambda x: quantize_activations(x, GROUP_SIZE), inputs[m])
+            rows.append(
+                Row(
+                    m=m,
+                    n=n,
+                    k=k,
+                    share_8bit=share,
+                    group_size=GROUP_SIZE,
+                    implementation=OPERATION.choose(
+                        implementation, activations, weights[0], None, out_dtype=jnp.dtype(jnp.bfloat16)
+                    ),
+                    quantize_matmul_us=round(total_us(times), 2),
+                    matmul_us=round(total_us(times, "mixed_matmul"), 2),
+                    bf16_us=round(bf16_us[m], 2),
+                    floor_us=round(ceilings.floor_us(m, n, k, weights[0].nbytes), 2),
+                )
+            )
+        log(f"{n} x {k}: compiled in {compiled:.0f} s, all in {time.perf_counter() - started:.0f} s")
+        log("\n".join(format_row(row) for row in rows[-len(cases) :]))
+    return rows, ceilings
+
+
+HEADER = "    M      N      K  8-bit  implementation   all in   matmul     bf16    floor  speed-up  TOP/s  of floor"
+
+
+def format_row(row: Row) -> str:
+    """A line under `HEADER`."""
+    return (
+        f"{row.m:5d} {row.n:6d} {row.k:6d} {row.share_8bit:6.2f}  {row.implementation:14s} "
+        f"{row.quantize_matmul_us:8.1f} {row.matmul_us:8.1f} {row.bf16_us:8.1f} {row.floor_us:8.1f} "
+        f"{row.speedup:9.2f} {row.tops:6.0f} {row.floor_us / row.quantize_matmul_us:9.0%}"
+    )
+
+
+def write_json(path: Path, rows: Sequence[Row], ceilings: Ceilings) -> None:
+    """The table with the device, versions and ceilings beside it."""
+    document = {
+        "device": registry.device_kind(),
+        "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "python": sys.version.split()[0]},
+        "ceilings": dataclasses.asdict(ceilings),
+        "units": "microseconds of device time, medians, weights from memory",
+    }
+    lines = ",\n".join("  " + json.dumps(dataclasses.asdict(row)) for row in rows)
+    partial = path.with_suffix(".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(json.dumps(document, indent=1)[:-2] + f',\n "rows": [\n{lines}\n ]\n}}\n')
+    partial.replace(path)
+
+
+def plot(path: Path, rows: Sequence[Row]) -> None:
+    """Speed-up over M, one panel a shape and one line a share of 8-bit channels (as Figure 5 of the paper)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shapes = list(dict.fromkeys((row.n, row.k) for row in rows))
+    columns = min(4, len(shapes))
+    lines = -(-len(shapes) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4 * columns, 3 * lines), squeeze=False, sharey=True)
+    for axis, (n, k) in zip(axes.flat, shapes, strict=False):
+        for share in sorted({row.share_8bit for row in rows}):
+            points = [row for row in rows if (row.n, row.k, row.share_8bit) == (n, k, share)]
+            label = f"{share:.0%} 8-bit"
+            axis.plot([row.m for row in points], [row.speedup for row in points], marker="o", markersize=3, label=label)
+        axis.axhline(1, color="grey", linewidth=0.8)
+        axis.set(xscale="log", title=f"{n} x {k}", xlabel="tokens")
+        axis.set_xscale("log", base=2)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("speed-up over bf16")
+    axes.flat[0].legend()
+    for axis in axes.flat[len(shapes) :]:
+        axis.set_axis_off()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--shapes", nargs="+", type=parse_shape, metavar="NxK", help="instead of the models' shapes")
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES), help="shares of 8-bit channels")
+    parser.add_argument("--implementation", default="auto")
+    parser.add_argument("--quick", action="store_true", help="two shapes, four numbers of tokens, one share")
+    parser.add_argument("--out", type=Path, help="JSON file; the plot goes beside it")
+    options = parser.parse_args(arguments)
+    if registry.compute_capability() is None:
+        print("the benchmark needs an NVIDIA GPU that JAX sees", file=sys.stderr)
+        return 1
+    if options.quick:
+        options.shapes, options.tokens, options.shares = QUICK_SHAPES, QUICK_TOKENS, [0.1]
+    print(HEADER)
+    rows, ceilings = benchmark(
+        options.shapes or unique_shapes(options.models),
+        options.tokens,
+        options.shares,
+        options.implementation,
+        lambda line: print(line, flush=True),
+    )
+    if options.out:
+        write_json(options.out, rows, ceilings)
+        plot(options.out.with_suffix(".png"), rows)
+        print("wrote", options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
