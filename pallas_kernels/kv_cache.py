@@ -111,6 +111,17 @@ class LayerCache:
             dequantize_heads(self.values, self.value_scales.transpose(0, 2, 1), dtype),
         )
 
+    def first_slots(self, slots: int) -> LayerCache:
+        """The first `slots` positions of every row."""
+        if slots == self.max_length:
+            return self
+        return LayerCache(
+            self.keys[:, :slots],
+            self.values[:, :slots],
+            None if self.key_scales is None else self.key_scales[:, :, :slots],
+            None if self.value_scales is None else self.value_scales[:, :, :slots],
+        )
+
     def as_stored(self, x: jax.Array) -> jax.Array:
         """What `read` would give for keys or values `x` after a `write`."""
         if not self.quantized:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import decode_attention
+from pallas_kernels import QuantizedActivations, decode_attention
 from pallas_kernels.decode_attention import pallas_triton, xla
 from pallas_kernels.kv_cache import LayerCache, dequantize_heads, quantize_heads
 
@@ -150,6 +150,30 @@ def test_matches_numpy(run, case, cache_dtype):
 
 def test_matches_numpy_in_bfloat16_without_splits():
     check(interpreted(1), CASES[1], jnp.bfloat16, jnp.bfloat16)
+
+
+def check_quantized(run: Callable[..., tuple[QuantizedActivations, LayerCache]], case: Case, group_size: int) -> None:
+    qkv, cos, sin, positions, cache = make_inputs(case, jnp.float32, jnp.float32, seed=1)
+    expected = expected_output(case, qkv, cos, sin, cache, jnp.float32)
+    out, _ = run(qkv, cos, sin, positions, cache, window=case.window, quantize_group_size=group_size)
+    groups = expected.reshape(len(expected), -1, group_size)
+    scales = np.abs(groups).max(-1) / 127
+    np.testing.assert_allclose(np.asarray(out.scales).T, scales, rtol=1e-4)
+    np.testing.assert_allclose(np.asarray(out.codes).reshape(groups.shape), groups / scales[..., None], atol=0.501)
+
+
+@pytest.mark.parametrize(("head_dim", "group_size"), [(16, 16), (16, 32), (24, 32), (64, 32)])
+@pytest.mark.parametrize("run", [xla.decode_attention, interpreted(2)], ids=["xla", "triton"])
+def test_quantizes_its_output(run, head_dim, group_size):
+    check_quantized(run, Case(4, 2, head_dim, 40, (38, 5)), group_size)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("head_dim", "group_size"), [(128, 128), (64, 128), (96, 128), (128, 32), (64, 64)])
+def test_quantizes_its_output_on_the_gpu(head_dim, group_size):
+    run = functools.partial(decode_attention, implementation="triton")
+    check_quantized(run, Case(8, 2, head_dim, 1000, (38, 999)), group_size)
+    check_quantized(run, Case(8, 2, head_dim, 100, tuple(range(100, 0, -1)) * 2), group_size)
 
 
 GPU_CASES = [

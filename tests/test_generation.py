@@ -62,9 +62,25 @@ def test_greedy_batch_of_ragged_prompts_equals_full_forward_passes(model, forwar
 
 
 def test_long_prompts_run_in_chunks(model, forward, monkeypatch):
-    monkeypatch.setattr(engine, "PREFILL_CHUNK", 8)
+    monkeypatch.setattr(Engine, "prefill_chunk", lambda self, batch: 8)
     results = Engine(model).generate(PROMPTS, max_tokens=5)
     assert [r.tokens for r in results] == [greedy_loop(forward, prompt, 5) for prompt in PROMPTS]
+
+
+def test_chunks_with_a_known_history_give_the_same_text(model, forward, monkeypatch):
+    monkeypatch.setattr(Engine, "prefill_chunk", lambda self, batch: 8)
+    monkeypatch.setattr(Engine, "_history", lambda self, held: held)
+    results = Engine(model).generate(PROMPTS, max_tokens=5)
+    assert [r.tokens for r in results] == [greedy_loop(forward, prompt, 5) for prompt in PROMPTS]
+
+
+def test_int8_cache_gives_the_same_text_whatever_the_chunks(model, monkeypatch):
+    whole = Engine(model, kv_bits=8).generate(PROMPTS, max_tokens=8)
+    monkeypatch.setattr(Engine, "prefill_chunk", lambda self, batch: 4)
+    monkeypatch.setattr(Engine, "_history", lambda self, held: held)
+    assert Engine(model, kv_bits=8).generate(PROMPTS, max_tokens=8) == whole
+    with pytest.raises(OptionError, match="kv-bits"):
+        Engine(model, kv_bits=4)
 
 
 def test_each_row_stops_at_its_own_stop_token(model, forward):
@@ -107,7 +123,7 @@ def test_prompt_cache_gives_the_same_text_with_less_work(model, monkeypatch):
     monkeypatch.setattr(
         Engine,
         "_prefill_rows",
-        lambda self, cache, prompts: prefilled.append(len(prompts[0])) or original(self, cache, prompts),
+        lambda self, cache, prompts, held: prefilled.append(len(prompts[0])) or original(self, cache, prompts, held),
     )
 
     def turn(prompt: list[int], cache: PromptCache | None) -> list[int]:

@@ -4,6 +4,9 @@ Two jitted functions do all the work: `_prefill` runs one chunk of the prompts t
 cache, `_decode` runs a loop of decode steps on the device, sampling included. Both give their cache buffers up
 (donation). Lengths are rounded up to a few sizes (`round_up_length`), so that prompts of any length meet programs that
 are compiled already.
+
+The decode loop has a fixed number of steps: XLA then runs it without asking the device after each step whether to go
+on, and replays one CUDA graph a step. A chunk that outlasts its rows costs a few idle steps.
 """
 
 from __future__ import annotations
@@ -21,15 +24,19 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from mixllm_jax.errors import OptionError
 from mixllm_jax.generation.sampling import Sampler, SamplingSettings
+from mixllm_jax.models.attention import has_flash_attention
 from mixllm_jax.models.cache import KVCache, require_room
 from mixllm_jax.models.decoder import Decoder
 
-PREFILL_CHUNK = 512
-"""Most tokens of a row in one prefill step: bounds the activations of a long prompt."""
+PREFILL_TOKENS = 4096
+"""Most tokens of the whole batch in one prefill step: bounds the activations of long prompts and large batches."""
+_PREFILL_TOKENS_OF_A_ROW = 512
+"""The same for a row where attention makes the whole matrix of scores (no flash attention)."""
 _SMALLEST_BUCKET = 16
 _SMALLEST_CACHE = 128
-_DECODE_CHUNK = 32
-"""Most tokens between two looks of the host at the result."""
+_SMALLEST_HISTORY = 512
+DECODE_CHUNK = 16
+"""Decode steps between two looks of the host at the result."""
 _MAX_STOP_TOKENS = 16
 _STREAM_INTERVAL = 0.05
 """Seconds of text that a stream collects on the device; well below what a reader notices."""
@@ -71,16 +78,17 @@ class Generation:
     finish_reason: Literal["stop", "length"]
 
 
-@functools.partial(jax.jit, donate_argnames=("cache", "last_logits"))
+@functools.partial(jax.jit, static_argnames=("history",), donate_argnames=("cache", "last_logits"))
 def _prefill(
     model: Decoder,
     cache: KVCache,
     last_logits: Float[Array, "batch vocab"],
     tokens: Int[Array, "batch length"],
     lengths: Int[Array, " batch"],
+    history: int | None,
 ) -> tuple[KVCache, Array]:
     """One chunk of right-padded prompts; rows without tokens in this chunk keep their logits."""
-    logits, new_cache = model(tokens, cache, lengths=lengths, last_only=True)
+    logits, new_cache = model(tokens, cache, lengths=lengths, last_only=True, history=history)
     assert new_cache is not None
     return new_cache, jnp.where((lengths > 0)[:, None], logits, last_logits)
 
@@ -95,23 +103,19 @@ def _first_token(
     return token, generated, ~_is_finished(stop, token, generated)
 
 
-@functools.partial(jax.jit, donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("steps",), donate_argnames=("state",))
 def _decode(
     model: Decoder,
     state: DecodeState,
     sampler: Sampler,
     stop: StopRules,
     row_keys: Key[Array, " batch"],
-    steps: Int[Array, ""],
-) -> tuple[DecodeState, Int[Array, "batch chunk"]]:
-    """Up to `steps` decode steps, fewer when every row is finished; `NO_TOKEN` where a row gave none."""
+    steps: int,
+) -> tuple[DecodeState, Int[Array, "batch steps"]]:
+    """Runs `steps` decode steps; `NO_TOKEN` where a row was finished already."""
 
-    def unfinished(carry: tuple[Array, DecodeState, Array]) -> Array:
-        step, state, _ = carry
-        return (step < steps) & state.active.any()
-
-    def decode_step(carry: tuple[Array, DecodeState, Array]) -> tuple[Array, DecodeState, Array]:
-        step, state, tokens = carry
+    def decode_step(step: Array, carry: tuple[DecodeState, Array]) -> tuple[DecodeState, Array]:
+        state, tokens = carry
         # A finished row feeds its last token again and again, but its cache does not grow.
         logits, cache = model(state.token[:, None], state.cache, lengths=state.active.astype(jnp.int32), last_only=True)
         assert cache is not None
@@ -120,11 +124,10 @@ def _decode(
         emitted = jnp.where(state.active, token, NO_TOKEN)
         active = state.active & ~_is_finished(stop, token, generated)
         token = jnp.where(state.active, token, state.token)
-        return step + 1, DecodeState(cache, token, generated, active), tokens.at[:, step].set(emitted)
+        return DecodeState(cache, token, generated, active), tokens.at[:, step].set(emitted)
 
-    empty = jnp.full((state.token.shape[0], _DECODE_CHUNK), NO_TOKEN, jnp.int32)
-    _, state, tokens = jax.lax.while_loop(unfinished, decode_step, (jnp.int32(0), state, empty))
-    return state, tokens
+    empty = jnp.full((state.token.shape[0], steps), NO_TOKEN, jnp.int32)
+    return jax.lax.fori_loop(0, steps, decode_step, (state, empty))
 
 
 def _step_keys(row_keys: Key[Array, " batch"], generated: Int[Array, " batch"]) -> Key[Array, " batch"]:
@@ -152,13 +155,22 @@ class Engine:
     Attributes:
         model: the decoder.
         max_length: the longest context, prompt and generated tokens together.
-        cache_dtype: dtype of the key/value cache, the model's compute dtype.
+        cache_dtype: dtype of the key/value cache: the model's compute dtype, or int8.
     """
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: Decoder, *, kv_bits: int = 16) -> None:
+        """Prepares to generate with `model`; `kv_bits` 8 stores keys and values as int8, one scale a token and head.
+
+        Raises:
+            OptionError: `kv_bits` is neither 8 nor 16.
+        """
+        if kv_bits not in (8, 16):
+            raise OptionError(f"kv-bits must be 8 or 16, found {kv_bits}")
         self.model = model
         self.max_length = model.config.max_position_embeddings
-        self.cache_dtype = model.embedding.weight.get_value().dtype
+        compute_dtype = model.embedding.weight.get_value().dtype
+        self.cache_dtype = jnp.dtype(jnp.int8) if kv_bits == 8 else compute_dtype
+        self._flash_attention = has_flash_attention(compute_dtype, model.config.head_dim)
 
     def stream(
         self,
@@ -225,7 +237,7 @@ class Engine:
         row_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), jnp.arange(len(prompts)))
 
         cache, held = self._cache_for(prompts, max(map(len, prompts)) + max_tokens, prompt_cache)
-        cache, logits = self._prefill_rows(cache, [prompt[held:] for prompt in prompts])
+        cache, logits = self._prefill_rows(cache, [prompt[held:] for prompt in prompts], held)
         token, generated, active = _first_token(sampler, stop, row_keys, logits)
         state = DecodeState(cache, token, generated, active)
 
@@ -235,7 +247,7 @@ class Engine:
             began = time.monotonic()
             while True:
                 # The next chunk is under way before the host waits for this one; without active rows it is empty.
-                state, following = _decode(self.model, state, sampler, stop, row_keys, jnp.int32(steps))
+                state, following = _decode(self.model, state, sampler, stop, row_keys, steps)
                 rows = [[int(t) for t in row if t != NO_TOKEN] for row in np.asarray(pending)]
                 if not any(rows):
                     break
@@ -277,20 +289,36 @@ class Engine:
             return held
         return KVCache.zeros(self.model.config, len(prompts), size, self.cache_dtype), 0
 
-    def _prefill_rows(self, cache: KVCache, prompts: Sequence[Sequence[int]]) -> tuple[KVCache, Array]:
-        """Runs the prompts through the model chunk by chunk; returns the logits after each row's last token."""
+    def _prefill_rows(self, cache: KVCache, prompts: Sequence[Sequence[int]], held: int) -> tuple[KVCache, Array]:
+        """Runs the prompts through the model chunk by chunk; returns the logits after each row's last token.
+
+        The cache holds `held` tokens of every row already.
+        """
         logits: Array = jnp.zeros((len(prompts), self.model.config.vocab_size), jnp.float32)
         longest = max(map(len, prompts))
-        for offset in range(0, longest, PREFILL_CHUNK):
-            bucket = round_up_length(min(longest - offset, PREFILL_CHUNK), _SMALLEST_BUCKET, cache.max_length)
+        chunk = self.prefill_chunk(len(prompts))
+        for offset in range(0, longest, chunk):
+            bucket = round_up_length(min(longest - offset, chunk), _SMALLEST_BUCKET, cache.max_length)
             tokens = np.zeros((len(prompts), bucket), np.int32)
             lengths = np.zeros(len(prompts), np.int32)
             for row, prompt in enumerate(prompts):
-                part = prompt[offset : offset + PREFILL_CHUNK]
+                part = prompt[offset : offset + chunk]
                 tokens[row, : len(part)] = part
                 lengths[row] = len(part)
-            cache, logits = _prefill(self.model, cache, logits, jnp.asarray(tokens), jnp.asarray(lengths))
+            history = self._history(held + offset)
+            cache, logits = _prefill(self.model, cache, logits, jnp.asarray(tokens), jnp.asarray(lengths), history)
         return cache, logits
+
+    def prefill_chunk(self, batch: int) -> int:
+        """Tokens of each row in one prefill step: a power of two."""
+        chunk = PREFILL_TOKENS >> (batch - 1).bit_length()
+        return max(_SMALLEST_BUCKET, chunk if self._flash_attention else min(chunk, _PREFILL_TOKENS_OF_A_ROW))
+
+    def _history(self, held: int) -> int | None:
+        """A bound of the tokens in the cache, from a short list; None where it would save nothing."""
+        if not self._flash_attention:
+            return None
+        return 0 if held == 0 else max(_SMALLEST_HISTORY, 1 << (held - 1).bit_length())
 
 
 class PromptCache:
@@ -313,8 +341,7 @@ class PromptCache:
                 break
             agreeing += 1
         if size > cache.max_length:
-            room = ((0, 0), (0, size - cache.max_length), (0, 0), (0, 0))
-            cache = dataclasses.replace(cache, layers=jax.tree.map(lambda array: jnp.pad(array, room), cache.layers))
+            cache = cache.grown(size)
         return dataclasses.replace(cache, lengths=jnp.full_like(cache.lengths, agreeing)), agreeing
 
     def put(self, cache: KVCache, tokens: list[int]) -> None:
@@ -330,7 +357,10 @@ def finish(tokens: Sequence[int], stop_tokens: Sequence[int]) -> Generation:
 
 
 def _steps_within(interval: float, seconds_per_step: float) -> int:
-    """Decode steps that take about `interval` seconds; one to begin with where the speed is not known yet."""
-    if interval == float("inf"):
-        return _DECODE_CHUNK
-    return int(min(_DECODE_CHUNK, max(1.0, interval / seconds_per_step))) if seconds_per_step > 0 else 1
+    """A whole chunk of decode steps, or a single one where a chunk takes longer than `interval` seconds.
+
+    Only these two, since each number of steps is a program of its own.
+    """
+    if seconds_per_step == 0.0:  # not known yet: a GPU is fast
+        return DECODE_CHUNK if interval == float("inf") or jax.default_backend() == "gpu" else 1
+    return DECODE_CHUNK if DECODE_CHUNK * seconds_per_step <= interval else 1

@@ -3,13 +3,14 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mixllm_jax.models.config import ModelConfig
 from mixllm_jax.models.linear import Linear
 from mixllm_jax.models.norm import RMSNorm
 from mixllm_jax.models.rope import RotaryEmbedding
-from pallas_kernels import decode_attention
+from pallas_kernels import QuantizedActivations, decode_attention
 from pallas_kernels.decode_attention.xla import masked_attention, visible_slots
 from pallas_kernels.kv_cache import LayerCache
 from pallas_kernels.registry import compute_capability, default_platform
@@ -23,9 +24,10 @@ def attend(
     cache: LayerCache | None,
     window: int | None,
     *,
-    cache_is_empty: bool = False,
+    history: int | None = None,
+    quantize_group_size: int | None = None,
     implementation: str = "auto",
-) -> tuple[Float[Array, "batch length query_channels"], LayerCache | None]:
+) -> tuple[Array | QuantizedActivations, LayerCache | None]:
     """Rotates queries and keys, stores keys and values, attends: the one place that chooses an attention.
 
     A query at position p sees positions p - window + 1 .. p. Nothing else needs masking: rows are right-padded, so
@@ -41,11 +43,14 @@ def attend(
         rotary: Positions of the tokens and their rotation.
         cache: Keys and values before these tokens.
         window: Sliding window in positions, None for everything before.
-        cache_is_empty: The caller knows that the cache holds nothing yet (static): attention to the new tokens alone.
+        history: Most tokens that any row of the cache holds before these, where the caller knows a bound (static); with
+            0, attention is to the new tokens alone.
+        quantize_group_size: A decode step may return its result quantised in groups of this many channels.
         implementation: `xla` keeps to XLA everywhere.
 
     Returns:
-        The input of the output projection, and the cache with the new keys and values.
+        The input of the output projection, `[batch, length, query_channels]` or quantised, and the cache with the new
+        keys and values.
     """
     batch, length, channels, _ = heads.shape
     if cache is not None and length == 1:
@@ -56,23 +61,25 @@ def attend(
             rotary.positions[:, 0],
             cache,
             window=window,
+            quantize_group_size=quantize_group_size,
             implementation="xla" if implementation == "xla" else "auto",
         )
-        return mixed[:, None], cache
+        return (mixed if isinstance(mixed, QuantizedActivations) else mixed[:, None]), cache
 
     num_heads = channels - 2 * num_kv_heads
     queries, keys, values = jnp.split(heads, [num_heads, num_heads + num_kv_heads], axis=2)
     queries, keys = rotate(queries, rotary.cos, rotary.sin), rotate(keys, rotary.cos, rotary.sin)
-    from_zero = cache is None or cache_is_empty
-    if cache is not None and cache_is_empty:
+    from_zero = cache is None or history == 0
+    if cache is not None and from_zero:
         cache = cache.write_first(keys, values)
         # Another cut of the prompt into chunks must not change the result: see what later chunks will read.
         keys, values = cache.as_stored(keys), cache.as_stored(values)
     elif cache is not None:
         cache = cache.write(rotary.positions, keys, values)
-        keys, values = cache.read(queries.dtype)
+        slots = cache.max_length if history is None else min(history + length, cache.max_length)
+        keys, values = cache.first_slots(slots).read(queries.dtype)
 
-    if implementation == "xla" or not _cudnn_takes(queries):
+    if implementation == "xla" or not has_flash_attention(queries.dtype, queries.shape[-1]):
         mixed = masked_attention(queries, keys, values, rotary.positions, window)
     elif from_zero:
         mixed = jax.nn.dot_product_attention(
@@ -90,15 +97,15 @@ def attend(
     return mixed.reshape(batch, length, -1), cache
 
 
-def _cudnn_takes(queries: Float[Array, "batch length heads head_dim"]) -> bool:
-    """Whether cuDNN's flash attention runs here on this dtype and head size."""
+def has_flash_attention(dtype: DTypeLike, head_dim: int) -> bool:
+    """Whether prefill runs in cuDNN's flash attention here: its memory does not grow with the length squared."""
     capability = compute_capability() if default_platform() == "gpu" else None
     return (
         capability is not None
         and capability >= (8, 0)
-        and queries.dtype in (jnp.bfloat16, jnp.float16)
-        and queries.shape[-1] % 8 == 0
-        and queries.shape[-1] <= 128
+        and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+        and head_dim % 8 == 0
+        and head_dim <= 128
     )
 
 
@@ -129,9 +136,13 @@ class Attention(nnx.Module):
         rotary: RotaryEmbedding,
         cache: LayerCache | None,
         *,
-        cache_is_empty: bool = False,
-    ) -> tuple[Float[Array, "batch length query_channels"], LayerCache | None]:
-        """From the output of `qkv_proj` to the input of `o_proj`; returns the cache with the new keys and values."""
+        history: int | None = None,
+        may_quantize: bool = True,
+    ) -> tuple[Array | QuantizedActivations, LayerCache | None]:
+        """From the output of `qkv_proj` to the input of `o_proj`; returns the cache with the new keys and values.
+
+        `may_quantize` (static): a decode step may return the input of `o_proj` quantised as that takes it.
+        """
         batch, length, _ = qkv.shape
         heads = qkv.reshape(batch, length, -1, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
@@ -143,6 +154,7 @@ class Attention(nnx.Module):
             rotary,
             cache,
             self.window,
-            cache_is_empty=cache_is_empty,
+            history=history,
+            quantize_group_size=self.o_proj.group_size if may_quantize else None,
             implementation=self.qkv_proj.implementation,
         )

@@ -125,12 +125,11 @@ class Block(nnx.Module):
         cache: LayerCache | None = None,
         *,
         linear_call: LinearCall | None = None,
-        cache_is_empty: bool = False,
+        history: int | None = None,
     ) -> tuple[Hidden, Hidden, LayerCache | None]:
         """Runs the block on the residual stream `x + update` and returns its own last update not yet added.
 
-        Leaving the addition to the next block lets its fused norm do it. `cache_is_empty` (static): the caller knows
-        that the cache holds nothing yet.
+        Leaving the addition to the next block lets its fused norm do it. `history`: see `attention.attend`.
         """
         call = functools.partial(_call, batch=x.shape[0], linear_call=linear_call)
         attention, mlp = self.attention, self.mlp
@@ -138,7 +137,7 @@ class Block(nnx.Module):
 
         normed, x = _norm(self.attention_norm, x, update, attention.qkv_proj, fused)
         qkv = call("qkv_proj", attention.qkv_proj, normed)
-        mixed, cache = attention.mix(qkv, rotary, cache, cache_is_empty=cache_is_empty)
+        mixed, cache = attention.mix(qkv, rotary, cache, history=history, may_quantize=fused)
         update = call("o_proj", attention.o_proj, mixed)
 
         normed, x = _norm(self.mlp_norm, x, update, mlp.gate_up_proj, fused)

@@ -128,7 +128,7 @@ class Decoder(nnx.Module):
         *,
         lengths: Int[Array, " batch"] | None = None,
         last_only: bool = False,
-        cache_is_empty: bool = False,
+        history: int | None = None,
     ) -> tuple[Array, KVCache | None]:
         """Runs the model on new tokens.
 
@@ -137,7 +137,8 @@ class Decoder(nnx.Module):
             cache: The tokens before; returned anew with these added. None: there are none, and no cache is returned.
             lengths: int32, valid tokens of each row of `tokens`; all of them by default.
             last_only: Compute logits of the last valid token of each row alone.
-            cache_is_empty: The caller knows that the cache holds nothing yet (static), which makes attention cheaper.
+            history: Most tokens that any row of the cache holds, where the caller knows a bound (static), 0 for an
+                empty cache: makes the attention of a longer input cheaper.
 
         Returns:
             Float32 logits `[batch, length, vocab]`, or `[batch, vocab]` with `last_only`; and the cache. The caller
@@ -159,7 +160,7 @@ class Decoder(nnx.Module):
         layer_caches: list[LayerCache] = []
         for index, block in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layers[index]
-            x, update, layer_cache = block.step(x, update, rotary, layer_cache, cache_is_empty=cache_is_empty)
+            x, update, layer_cache = block.step(x, update, rotary, layer_cache, history=history)
             if layer_cache is not None:
                 layer_caches.append(layer_cache)
         if update is not None:

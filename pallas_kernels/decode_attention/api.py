@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.activations import QuantizedActivations
 from pallas_kernels.decode_attention import pallas_triton, xla
 from pallas_kernels.kv_cache import LayerCache
 from pallas_kernels.registry import Implementation, Operation, never_refuses
@@ -27,8 +28,9 @@ def decode_attention(
     cache: LayerCache,
     *,
     window: int | None = None,
+    quantize_group_size: int | None = None,
     implementation: str = "auto",
-) -> tuple[jax.Array, LayerCache]:
+) -> tuple[jax.Array | QuantizedActivations, LayerCache]:
     """Attention of one new token a row, from the output of the qkv projection to the input of the output projection.
 
     The queries and keys are rotated, the key and value are stored at the row's position, and the token attends to slots
@@ -43,10 +45,11 @@ def decode_attention(
             stores nothing, and its result means nothing.
         cache: What came before.
         window: Sliding window in positions, None for everything before.
+        quantize_group_size: Quantise the result in groups of this many channels, for a linear with int8 activations.
         implementation: `auto`, or a name from the registry.
 
     Returns:
-        `[batch, heads * head_dim]` in the dtype of `qkv`, and the cache with the new key and value.
+        `[batch, heads * head_dim]` in the dtype of `qkv`, or quantised, and the cache with the new key and value.
 
     Raises:
         ValueError: Shapes or dtypes that do not fit, or an unknown implementation.
@@ -69,5 +72,9 @@ def decode_attention(
         raise ValueError(f"qkv must be float, found {qkv.dtype}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, found {window}")
-    mixed, cache = OPERATION(implementation, qkv, cos, sin, positions, cache, window=window)
+    if quantize_group_size is not None and (heads * head_dim) % quantize_group_size:
+        raise ValueError(f"{heads * head_dim} channels are not a multiple of the group size {quantize_group_size}")
+    mixed, cache = OPERATION(
+        implementation, qkv, cos, sin, positions, cache, window=window, quantize_group_size=quantize_group_size
+    )
     return mixed, cache

@@ -4,7 +4,8 @@ Grid (splits, kv_heads, batch). A program holds the query heads of one kv head (
 read once for all of them) and walks over its share of the row's cached positions with an online softmax. The share
 follows from the row's length at run time, so that the splits are balanced however full the cache is. The new token's
 key and value come from the projection, not from the cache, so no program waits for another: split 0 adds them to its
-sum and stores them. The partial results of the splits are combined by a second, small kernel.
+sum and stores them. The partial results of the splits are combined by a second, small kernel, which can quantise its
+output for the next linear.
 
 The two halves of a head are separate operands throughout, since the rotary embedding pairs channel i with
 i + head_dim / 2: half-size dots need no concatenation.
@@ -22,7 +23,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import registry
+from pallas_kernels.activations import QuantizedActivations
 from pallas_kernels.kv_cache import LayerCache
+from pallas_kernels.quantize_activations import pallas_triton as quantize_triton
+from pallas_kernels.triton_primitives import round_to_int8
 
 _MASKED = -1e30
 """Score of a slot that a query does not see; finite, so that differences of maxima are never NaN."""
@@ -227,20 +231,63 @@ def _store_new(
     return first, second
 
 
-def _combine_kernel(partial: Any, maxima: Any, totals: Any, out: Any, *, splits: int, head_dim: int) -> None:
-    """Weighs the splits of one query head by their share of the softmax: grid (heads, batch)."""
-    head, row = pl.program_id(0), pl.program_id(1)
-    split = jnp.arange(splits)
-    channel = jnp.arange(_next_power_of_two(head_dim))
-    exists = channel < head_dim
-    maximum = maxima[row, head, split]
-    share = jnp.exp2(maximum - jnp.max(maximum))
-    total = jnp.sum(share * totals[row, head, split])
-    mixed = plgpu.load(
-        partial.at[row, head, split[:, None], channel[None, :]], mask=exists[None, :] & (split >= 0)[:, None], other=0.0
-    )
-    combined = jnp.sum(mixed * share[:, None], axis=0) / total
-    plgpu.store(out.at[row, head, channel], combined.astype(out.dtype), mask=exists)
+def _combine_kernel(
+    partial: Any, maxima: Any, totals: Any, out: Any, scales: Any, *, splits: int, group: int, groups: int
+) -> None:
+    """Weighs the splits by their share of the softmax; grid (channels / (group * groups), batch).
+
+    A program makes `groups` groups of `group` output channels: with `scales`, they are quantised to int8 on the way
+    out, each with a scale of its own.
+    """
+    first, row = pl.program_id(0) * groups, pl.program_id(1)
+    head_dim = partial.shape[-1]
+    index = jnp.arange(_next_power_of_two(groups))
+    member = jnp.arange(_next_power_of_two(group))
+    exists = (index < groups)[:, None] & (member < group)[None, :]
+    channel = (first + index)[:, None] * group + member[None, :]
+    head, split = (channel // head_dim)[None], jnp.arange(splits)[:, None, None]
+    mask = exists[None] & (split >= 0)
+    maximum = plgpu.load(maxima.at[row, head, split], mask=mask, other=_MASKED)
+    share = jnp.exp2(maximum - jnp.max(maximum, axis=0)[None])
+    total = jnp.sum(share * plgpu.load(totals.at[row, head, split], mask=mask, other=1.0), axis=0)
+    mixed = plgpu.load(partial.at[row, head, split, (channel % head_dim)[None]], mask=mask, other=0.0)
+    combined = jnp.sum(mixed * share, axis=0) / total
+    if scales is not None:
+        scale = jnp.max(jnp.abs(combined), axis=1) / 127.0
+        inverse = jnp.where(scale > 0, 1.0 / scale, 0.0)
+        combined = round_to_int8(combined * inverse[:, None])
+        plgpu.store(scales.at[first + index, row], scale, mask=index < groups)
+    plgpu.store(out.at[row, channel], combined.astype(out.dtype), mask=exists)
+
+
+def _combine(
+    partial: jax.Array,
+    maxima: jax.Array,
+    totals: jax.Array,
+    dtype: jax.typing.DTypeLike,
+    group_size: int | None,
+    interpret: bool,
+) -> jax.Array | QuantizedActivations:
+    batch, heads, splits, head_dim = partial.shape
+    channels = heads * head_dim
+    group = group_size or head_dim
+    # A program loads whole heads where groups are smaller than one.
+    groups = max(1, head_dim // group)
+    out = jax.ShapeDtypeStruct((batch, channels), jnp.int8 if group_size else dtype)
+    scales = jax.ShapeDtypeStruct((channels // group, batch), jnp.float32)
+
+    def kernel(*refs: Any) -> None:
+        _combine_kernel(*refs, *(() if group_size else (None,)), splits=splits, group=group, groups=groups)
+
+    results = pl.pallas_call(
+        kernel,
+        out_shape=(out, scales) if group_size else (out,),
+        grid=(channels // (group * groups), batch),
+        compiler_params=plgpu.CompilerParams(num_warps=4),
+        interpret=interpret,
+        name="decode_attention_combine",
+    )(partial, maxima, totals)
+    return QuantizedActivations(results[0], results[1], group_size) if group_size else results[0]
 
 
 def decode_attention(
@@ -251,9 +298,10 @@ def decode_attention(
     cache: LayerCache,
     *,
     window: int | None,
+    quantize_group_size: int | None = None,
     config: Config | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array, LayerCache]:
+) -> tuple[jax.Array | QuantizedActivations, LayerCache]:
     """See `pallas_kernels.decode_attention.api`; `config` and `interpret` are for tuning and tests."""
     batch, channels, head_dim = qkv.shape
     _, max_length, kv_heads, _ = cache.keys.shape
@@ -291,24 +339,16 @@ def decode_attention(
     named = dict(zip(outputs, results, strict=True))
     new_cache = LayerCache(**{name: named[f"new_{name}"] for name in caches})
     if config.splits == 1:
-        return named["out"].reshape(batch, heads * head_dim), new_cache
-
-    def combine(*refs: Any) -> None:
-        _combine_kernel(*refs, splits=config.splits, head_dim=head_dim)
-
-    out = pl.pallas_call(
-        combine,
-        out_shape=jax.ShapeDtypeStruct((batch, heads, head_dim), qkv.dtype),
-        grid=(heads, batch),
-        compiler_params=plgpu.CompilerParams(num_warps=4),
-        interpret=interpret,
-        name="decode_attention_combine",
-    )(named["partial"], named["maxima"], named["totals"])
-    return out.reshape(batch, heads * head_dim), new_cache
+        mixed = named["out"].reshape(batch, heads * head_dim)
+        if quantize_group_size is None:
+            return mixed, new_cache
+        return quantize_triton.quantize_activations(mixed, group_size=quantize_group_size), new_cache
+    partial = named["partial"], named["maxima"], named["totals"]
+    return _combine(*partial, qkv.dtype, quantize_group_size, interpret), new_cache
 
 
 def refuses(
-    qkv: jax.Array, cos: jax.Array, sin: jax.Array, positions: jax.Array, cache: LayerCache, *, window: int | None
+    qkv: jax.Array, cos: jax.Array, sin: jax.Array, positions: jax.Array, cache: LayerCache, **settings: Any
 ) -> str | None:
     """Why the kernels cannot run these arguments here, or None."""
     if registry.default_platform() != "gpu":

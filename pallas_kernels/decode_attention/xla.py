@@ -5,7 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.activations import QuantizedActivations
 from pallas_kernels.kv_cache import LayerCache
+from pallas_kernels.quantize_activations import xla as quantize_xla
 from pallas_kernels.rotary import rotate
 
 
@@ -36,8 +38,15 @@ def visible_slots(slots: int, query_positions: jax.Array, window: int | None) ->
 
 
 def decode_attention(
-    qkv: jax.Array, cos: jax.Array, sin: jax.Array, positions: jax.Array, cache: LayerCache, *, window: int | None
-) -> tuple[jax.Array, LayerCache]:
+    qkv: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    positions: jax.Array,
+    cache: LayerCache,
+    *,
+    window: int | None,
+    quantize_group_size: int | None = None,
+) -> tuple[jax.Array | QuantizedActivations, LayerCache]:
     """Rotates, writes to the cache, attends to it."""
     batch, _, head_dim = qkv.shape
     kv_heads = cache.keys.shape[2]
@@ -46,4 +55,7 @@ def decode_attention(
     queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
     cache = cache.write(positions[:, None], keys[:, None], values[:, None])
     mixed = masked_attention(queries[:, None], *cache.read(qkv.dtype), positions[:, None], window)
-    return mixed.reshape(batch, heads * head_dim), cache
+    mixed = mixed.reshape(batch, heads * head_dim)
+    if quantize_group_size is None:
+        return mixed, cache
+    return quantize_xla.quantize_activations(mixed, group_size=quantize_group_size), cache
