@@ -64,21 +64,34 @@ class Operation:
 
     def __call__(self, implementation: str, *args: Any, **kwargs: Any) -> Any:
         """Compute with the implementation asked for; see `choose` for the errors."""
-        chosen = self.implementations[self.choose(implementation, *args, **kwargs)]
+        run = self.implementations[self.choose(implementation, *args, **kwargs)].run
+        return _inference_function(self.name, run, tuple(sorted(kwargs.items())))(*args)
 
-        # A custom rule, since rounding would otherwise give gradients that are silently zero.
-        @jax.custom_jvp
-        def without_gradient(*arrays: Any) -> Any:
-            return chosen.run(*arrays, **kwargs)
 
-        @without_gradient.defjvp
-        def _refuse(primals: Any, tangents: Any) -> Any:
-            raise NotImplementedError(
-                f"{self.name} has no gradient: the operations on quantised values are for inference; "
-                "differentiate the float model instead"
-            )
+@functools.cache
+def _inference_function(
+    name: str, run: Callable[..., Any], settings: tuple[tuple[str, Any], ...]
+) -> Callable[..., Any]:
+    """`run` under the settings, refusing gradients.
 
-        return without_gradient(*args)
+    A jitted function of its own, so that the layers of a model, whose shapes agree, share one trace and one lowering of
+    their kernels: that is most of the time before XLA starts.
+    """
+
+    # A custom rule, since rounding would otherwise give gradients that are silently zero.
+    @jax.custom_jvp
+    def without_gradient(*arrays: Any) -> Any:
+        return run(*arrays, **dict(settings))
+
+    @without_gradient.defjvp
+    def _refuse(primals: Any, tangents: Any) -> Any:
+        raise NotImplementedError(
+            f"{name} has no gradient: the operations on quantised values are for inference; "
+            "differentiate the float model instead"
+        )
+
+    without_gradient.__name__ = name
+    return jax.jit(without_gradient)
 
 
 def never_refuses(*args: Any, **kwargs: Any) -> Reason | None:
