@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from tiny_chat_model import byte_tokenizer, save_tiny_chat_model
+from tiny_chat_model import byte_tokenizer, reference_model, save_tiny_chat_model
 
 import mixllm_jax
 from mixllm_jax.cli import main as cli
@@ -16,17 +16,22 @@ from mixllm_jax.errors import CheckpointError
 
 
 @pytest.fixture(scope="session")
-def reference(tmp_path_factory):
-    """The torch model, and the folder converted from it."""
+def tiny(tmp_path_factory):
+    """A saved model in `hf`, and `model` converted from it."""
     folder = tmp_path_factory.mktemp("tiny")
-    model = save_tiny_chat_model(folder / "hf")
+    save_tiny_chat_model(folder / "hf")
     assert cli.main(["convert", "--from-hf", str(folder / "hf"), "--out", str(folder / "model")]) == 0
-    return model, folder / "model"
+    return folder
 
 
 @pytest.fixture(scope="session")
-def folder(reference):
-    return str(reference[1])
+def folder(tiny):
+    return str(tiny / "model")
+
+
+@pytest.fixture(scope="session")
+def reference(tiny):
+    return reference_model(tiny / "hf")
 
 
 def reference_text(model, prompt: str, max_tokens: int) -> str:
@@ -41,14 +46,14 @@ def reference_text(model, prompt: str, max_tokens: int) -> str:
 
 def test_generate_one_prompt(reference, folder, capsys):
     assert cli.main(["generate", folder, "--prompt", "Once upon", "--max-tokens", "20"]) == 0
-    assert capsys.readouterr().out == reference_text(reference[0], "Once upon", 20) + "\n"
+    assert capsys.readouterr().out == reference_text(reference, "Once upon", 20) + "\n"
 
 
 def test_generate_a_batch(reference, folder, capsys):
     prompts = ["One", "A longer second prompt"]
     options = [word for prompt in prompts for word in ("--prompt", prompt)]
     assert cli.main(["generate", folder, *options, "--max-tokens", "12"]) == 0
-    expected = "".join(f"=== {prompt}\n{reference_text(reference[0], prompt, 12)}\n\n" for prompt in prompts)
+    expected = "".join(f"=== {prompt}\n{reference_text(reference, prompt, 12)}\n\n" for prompt in prompts)
     assert capsys.readouterr().out == expected
 
 
@@ -56,7 +61,7 @@ def test_generate_under_the_chat_template(reference, folder, capsys):
     command = ["generate", folder, "--chat", "--system", "Be brief.", "--prompt", "Hi?", "--max-tokens", "12"]
     assert cli.main(command) == 0
     prompt = "<system>Be brief.\n<user>Hi?\n<assistant>"
-    assert capsys.readouterr().out == reference_text(reference[0], prompt, 12) + "\n"
+    assert capsys.readouterr().out == reference_text(reference, prompt, 12) + "\n"
 
 
 def test_generate_with_a_seed(folder, capsys):
@@ -72,7 +77,7 @@ def test_generate_with_a_seed(folder, capsys):
 def test_python_interface_streams_what_it_generates(reference, folder):
     model = mixllm_jax.load(folder)
     assert model.metadata["kind"] == "float"
-    expected = reference_text(reference[0], "Hello", 16)
+    expected = reference_text(reference, "Hello", 16)
     assert model.generate("Hello", max_tokens=16) == expected
     assert model.generate(["Hello"], max_tokens=16) == [expected]
     assert "".join(model.stream("Hello", max_tokens=16)) == expected
@@ -163,7 +168,7 @@ def test_chat_remembers_and_begins_anew(reference, folder, capsys, monkeypatch):
     monkeypatch.setattr("rich.console.Console.input", lambda *_, **__: next(lines))
     assert cli.main(["chat", folder, "--temperature", "0", "--max-tokens", "5"]) == 0
     out = capsys.readouterr().out
-    first = reference_text(reference[0], "<user>Hi\n<assistant>", 5)
-    second = reference_text(reference[0], f"<user>Hi\n<assistant>{first}\n<user>And?\n<assistant>", 5)
+    first = reference_text(reference, "<user>Hi\n<assistant>", 5)
+    second = reference_text(reference, f"<user>Hi\n<assistant>{first}\n<user>And?\n<assistant>", 5)
     assert out.count(first) >= 2
     assert second in out

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from tiny_chat_model import byte_tokenizer, save_tiny_chat_model
+from tiny_chat_model import byte_tokenizer, reference_model, save_tiny_chat_model
 
 from mixllm_jax.cli import main as cli
 from mixllm_jax.evaluation.perplexity import cut_sequences, format_table
@@ -15,15 +15,14 @@ LENGTH = 64
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Two torch models and the folders converted from them."""
+def folder(tmp_path_factory):
+    """Two models, and a text."""
     folder = tmp_path_factory.mktemp("pair")
     (folder / "text.txt").write_text(TEXT)
-    torch_models = []
     for name, seed in (("first", 0), ("second", 1)):
-        torch_models.append(save_tiny_chat_model(folder / f"hf-{name}", seed))
+        save_tiny_chat_model(folder / f"hf-{name}", seed)
         assert cli.main(["convert", "--from-hf", str(folder / f"hf-{name}"), "--out", str(folder / name)]) == 0
-    return torch_models, folder
+    return folder
 
 
 def log_probabilities(model, sequences: np.ndarray) -> np.ndarray:
@@ -35,8 +34,8 @@ def log_probabilities(model, sequences: np.ndarray) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-def test_command_gives_the_numbers_of_the_reference(models, capsys):
-    (first, second), folder = models
+def test_command_gives_the_numbers_of_the_reference(folder, capsys):
+    first, second = reference_model(folder / "hf-first"), reference_model(folder / "hf-second")
     command = ["perplexity", str(folder / "first"), str(folder / "second"), "--text", str(folder / "text.txt")]
     sizes = ["--samples", "3", "--sequence-length", str(LENGTH)]
     assert cli.main([*command, *sizes, "--json", str(folder / "out.json")]) == 0
@@ -60,8 +59,7 @@ def test_command_gives_the_numbers_of_the_reference(models, capsys):
     assert f"{expected['perplexity'][1]:.2f}"[:-1] in table
 
 
-def test_a_model_is_not_far_from_itself(models, tmp_path, capsys):
-    _, folder = models
+def test_a_model_is_not_far_from_itself(folder, tmp_path, capsys):
     link = tmp_path / "same"
     link.symlink_to(folder / "first")
     command = ["perplexity", str(folder / "first"), str(link), "--text", str(folder / "text.txt")]
@@ -84,8 +82,7 @@ def test_a_model_is_not_far_from_itself(models, tmp_path, capsys):
         (["--text", "{text}", "--json", "/no/such/folder/x.json"], "does not exist"),
     ],
 )
-def test_bad_input(models, tmp_path, capsys, options, message):
-    _, folder = models
+def test_bad_input(folder, tmp_path, capsys, options, message):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00abc")
     names = {"{binary}": str(tmp_path / "binary"), "{text}": str(folder / "text.txt")}
     assert cli.main(["perplexity", str(folder / "first"), *(names.get(option, option) for option in options)]) == 1
