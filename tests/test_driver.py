@@ -242,7 +242,7 @@ def test_bad_input_is_refused_and_nothing_is_lost(float_model, tokens, quantized
     with pytest.raises(CheckpointError, match="damaged"):
         SalienceScores.read(tmp_path / "salience.npz")
     with pytest.raises(CheckpointError, match="no such file"):
-        SalienceScores.read(tmp_path)
+        SalienceScores.read(float_model)
     assert files_of(quantized) == before
 
 

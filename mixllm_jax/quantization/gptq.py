@@ -4,8 +4,14 @@ Frantar et al., arXiv 2210.17323, with the blocks of lazy updates equal to the q
 in order of importance, and the range of each group fixed by a clip search when its turn comes, on the weights as
 updated by then (paper section 3.2). The rows of a layer share nothing but the Hessian, so the 4-bit and the 8-bit
 channels go through one sweep, each on its own grid; this is the same as quantising each width's channels separately.
+
+The clip search tries the sweep itself: each candidate range quantises the group, and the one whose errors raise the
+layer's output error least, after the later groups have made up for them, is kept. Measured by rounding alone
+(``delta^T H_gg delta``) the error is that of another quantiser: SmolLM2-135M's layers came out 5 % worse on inputs that
+were not calibrated on.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,7 +20,7 @@ import numpy as np
 
 from mixllm_jax.quantization.clipping import CLIP_RATIOS, search_range
 from mixllm_jax.quantization.hessian import FactoredHessian
-from mixllm_jax.quantization.rounding import QuantizedWeight, encode, zero_points_of
+from mixllm_jax.quantization.rounding import Grid, QuantizedWeight, encode, zero_points_of
 
 
 class _Sweep(NamedTuple):
@@ -26,35 +32,49 @@ class _Sweep(NamedTuple):
     error: jax.Array
 
 
-@jax.jit
-def _sweep(weight: jax.Array, factor: jax.Array, blocks: jax.Array, eight_bit: jax.Array, ratios: jax.Array) -> _Sweep:
-    """One pass over all groups; ``weight`` is [in_features, channels] in processing order, float32."""
-    num_groups, group_size, _ = blocks.shape
-    channels = weight.shape[1]
+def _sweep_group(weight: jax.Array, triangle: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array]:
+    """Rounds the inputs of one group in turn, each error made up for by the inputs after it.
 
-    def quantize_group(weight: jax.Array, group: jax.Array) -> tuple[jax.Array, _Sweep]:
-        start = group * group_size
+    Args:
+        weight: float32 [group_size, channels].
+        triangle: float32 [group_size, group_size], the group's diagonal block of the factor.
+        grid: of arrays [channels].
+
+    Returns:
+        Codes, float32 [group_size, channels], and the scaled errors of the same shape, whose squares add up to the
+        increase of ``delta^T H delta`` when the inputs of all later groups make up for the group as well as they can.
+    """
+
+    def round_input(j: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        weight, codes, errors = state
+        code = encode(weight[j], grid)
+        error = (weight[j] - code * grid.scale) / triangle[j, j]
+        # Row j of the triangle is zero before j: inputs that are done stay as they are.
+        return weight - triangle[j][:, None] * error, codes.at[j].set(code), errors.at[j].set(error)
+
+    _, codes, errors = jax.lax.fori_loop(
+        0, weight.shape[0], round_input, (weight, jnp.zeros_like(weight), jnp.zeros_like(weight))
+    )
+    return codes, errors
+
+
+@partial(jax.jit, static_argnames="group_size")
+def _sweep(weight: jax.Array, factor: jax.Array, eight_bit: jax.Array, ratios: jax.Array, group_size: int) -> _Sweep:
+    """One pass over all groups; ``weight`` is [in_features, channels] in processing order, float32."""
+
+    def quantize_group(weight: jax.Array, start: jax.Array) -> tuple[jax.Array, _Sweep]:
         rows = jax.lax.dynamic_slice_in_dim(factor, start, group_size)
         triangle = jax.lax.dynamic_slice_in_dim(rows, start, group_size, axis=1)
         current = jax.lax.dynamic_slice_in_dim(weight, start, group_size)
-        grid = search_range(current, blocks[group], eight_bit, ratios)
-
-        def quantize_input(j: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-            current, codes, errors = state
-            code = encode(current[j], grid)
-            error = (current[j] - code * grid.scale) / triangle[j, j]
-            # Row j of the triangle is zero before j: inputs that are done stay as they are.
-            current = current - triangle[j][:, None] * error
-            return current, codes.at[j].set(code.astype(jnp.int8)), errors.at[j].set(error)
-
-        init = (current, jnp.zeros((group_size, channels), jnp.int8), jnp.zeros_like(current))
-        _, codes, errors = jax.lax.fori_loop(0, group_size, quantize_input, init)
-        # Groups before this one have zeros in these rows of the factor, so they are not touched either.
+        grid = search_range(
+            current, eight_bit, ratios, lambda grid: jnp.sum(_sweep_group(current, triangle, grid)[1] ** 2, axis=0)
+        )
+        codes, errors = _sweep_group(current, triangle, grid)
+        # Groups before this one have zeros in these rows of the factor, so they are not touched.
         weight = weight - jnp.matmul(rows.T, errors, precision=jax.lax.Precision.HIGHEST)
-        # The squared errors, scaled as they are, add up to delta^T H delta of the finished layer.
-        return weight, _Sweep(codes, grid.scale, grid.low, jnp.sum(errors**2, axis=0))
+        return weight, _Sweep(codes.astype(jnp.int8), grid.scale, grid.low, jnp.sum(errors**2, axis=0))
 
-    _, result = jax.lax.scan(quantize_group, weight, jnp.arange(num_groups))
+    _, result = jax.lax.scan(quantize_group, weight, jnp.arange(0, weight.shape[0], group_size))
     return _Sweep(result.codes.reshape(weight.shape), result.scale, result.low, result.error.sum(axis=0))
 
 
@@ -86,11 +106,11 @@ def gptq(
     """
     eight_bit = jnp.asarray(eight_bit)
     permuted = jnp.where(hessian.dead[:, None], 0.0, weight.astype(jnp.float32).T[hessian.order])
-    arguments = (permuted, hessian.factor, hessian.blocks, eight_bit)
-    result = _sweep(*arguments, jnp.ones((1,), jnp.float32))
+    arguments = (permuted, hessian.factor, eight_bit)
+    result = _sweep(*arguments, jnp.ones((1,), jnp.float32), hessian.group_size)
     clipped = jnp.zeros((2,), bool)
     if clip_search:
-        searched = _sweep(*arguments, jnp.asarray(CLIP_RATIOS, jnp.float32))
+        searched = _sweep(*arguments, jnp.asarray(CLIP_RATIOS, jnp.float32), hessian.group_size)
         widths = jnp.stack([~eight_bit, eight_bit])
         clipped = (widths * searched.error).sum(axis=1) < (widths * result.error).sum(axis=1)
         keep = jnp.where(eight_bit, clipped[1], clipped[0])
@@ -99,9 +119,8 @@ def gptq(
 
 
 def _natural_order(result: _Sweep, hessian: FactoredHessian, eight_bit: jax.Array) -> QuantizedWeight:
-    group_size = hessian.blocks.shape[1]
     inverse = np.argsort(hessian.order)
-    group_inverse = np.argsort(hessian.order[::group_size] // group_size)
+    group_inverse = np.argsort(hessian.order[:: hessian.group_size] // hessian.group_size)
     return QuantizedWeight(
         codes=result.codes[inverse].T,
         scales=result.scale[group_inverse].T.astype(jnp.float16),

@@ -56,31 +56,35 @@ class FactoredHessian(NamedTuple):
 
     Attributes:
         factor: float32 [in_features, in_features], upper triangular R with ``R^T R = H^-1``.
-        blocks: float32 [num_groups, group_size, group_size], diagonal blocks of the damped H.
         order: int32 [in_features], position in processing order -> input channel; groups stay together.
         dead: bool [in_features], in processing order: inputs that are always zero.
+        group_size: input channels of a group.
     """
 
     factor: jax.Array
-    blocks: jax.Array
     order: np.ndarray
     dead: jax.Array
+    group_size: int
 
 
-def group_order(diagonal: np.ndarray, group_size: int, *, reorder: bool = True) -> np.ndarray:
-    """Processing order of input channels: whole groups by falling sum of their diagonal, int32 [in_features].
+def processing_order(diagonal: np.ndarray, group_size: int, *, reorder: bool = True) -> np.ndarray:
+    """Order in which GPTQ processes the input channels, int32 [in_features].
 
-    The group with the largest inputs goes first, while all other weights can still make up for its errors (paper,
-    "group reorder"); the stored weight keeps its natural order, so nothing changes at run time.
+    Whole groups go by the falling sum of their diagonal (paper, "group reorder"), and the inputs of a group by their
+    falling diagonal: what has the largest inputs goes first, while the most other weights can still make up for its
+    errors. The stored weight keeps its natural order, so nothing changes at run time. ``reorder=False`` is the natural
+    order.
     """
-    groups = np.arange(diagonal.shape[0] // group_size)
+    channels = np.arange(diagonal.shape[0], dtype=np.int32).reshape(-1, group_size)
     if reorder:
-        groups = np.argsort(-diagonal.reshape(-1, group_size).sum(axis=1), kind="stable")
-    return (groups[:, None] * group_size + np.arange(group_size)).reshape(-1).astype(np.int32)
+        grouped = diagonal.reshape(-1, group_size)
+        channels = np.take_along_axis(channels, np.argsort(-grouped, axis=1, kind="stable"), axis=1)
+        channels = channels[np.argsort(-grouped.sum(axis=1), kind="stable")]
+    return channels.reshape(-1)
 
 
-@partial(jax.jit, static_argnames="group_size")
-def _factor(hessian: jax.Array, order: jax.Array, group_size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+@jax.jit
+def _factor(hessian: jax.Array, order: jax.Array) -> tuple[jax.Array, jax.Array]:
     hessian = hessian[order][:, order]
     diagonal = jnp.diagonal(hessian)
     dead = diagonal == 0
@@ -91,10 +95,7 @@ def _factor(hessian: jax.Array, order: jax.Array, group_size: int) -> tuple[jax.
     upper = jnp.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
     identity = jnp.eye(damped.shape[0], dtype=damped.dtype)
     inverse = jax.scipy.linalg.solve_triangular(upper, identity, lower=False)
-    num_groups = damped.shape[0] // group_size
-    tiled = damped.reshape(num_groups, group_size, num_groups, group_size)
-    blocks = tiled[jnp.arange(num_groups), :, jnp.arange(num_groups), :]
-    return inverse.astype(jnp.float32), blocks.astype(jnp.float32), dead
+    return inverse.astype(jnp.float32), dead
 
 
 def factor_hessian(hessian: jax.Array, group_size: int, *, reorder: bool = True) -> FactoredHessian:
@@ -103,14 +104,14 @@ def factor_hessian(hessian: jax.Array, group_size: int, *, reorder: bool = True)
     Args:
         hessian: float64 [in_features, in_features], symmetric, positive semidefinite.
         group_size: input channels of a group.
-        reorder: process groups by falling importance (:func:`group_order`).
+        reorder: process the important inputs first (:func:`processing_order`).
 
     Raises:
         FloatingPointError: the damped Hessian is not positive definite, so the input was not a Hessian.
     """
-    order = group_order(np.diagonal(np.asarray(hessian)), group_size, reorder=reorder)
+    order = processing_order(np.diagonal(np.asarray(hessian)), group_size, reorder=reorder)
     with jax.enable_x64(True):
-        factor, blocks, dead = _factor(hessian, order, group_size)
+        factor, dead = _factor(hessian, order)
         if not bool(jnp.isfinite(factor).all()):
             raise FloatingPointError("the damped Hessian of a layer is not positive definite")
-    return FactoredHessian(factor, blocks, order, dead)
+    return FactoredHessian(factor, order, dead, group_size)

@@ -1,0 +1,90 @@
+"""`mixllm accuracy MODEL_DIR --text FILE`: the table of what each part of the method is worth on a model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from mixllm_jax.errors import OptionError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    parser.add_argument("model_dir", type=Path, metavar="MODEL_DIR", help="float model folder")
+    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text to predict")
+    parser.add_argument(
+        "--calibration", metavar="TEXT", help="text to calibrate on (default: the text of the package); see quantize"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table here as JSON")
+    parser.add_argument(
+        "--samples", type=int, default=16, metavar="N", help="sequences, of calibration and of the text (default: 16)"
+    )
+    parser.add_argument(
+        "--sequence-length", type=int, default=1024, metavar="TOKENS", help="tokens of a sequence (default: 1024)"
+    )
+    parser.add_argument(
+        "--group-size", type=int, metavar="N", help="input channels per scale: 32, 64, 128 (default: largest that fits)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration sequences and the random row")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        metavar="DIR",
+        help="keeps the quantised models, so that a stopped run goes on (default: MODEL_DIR.accuracy, then removed)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Quantises the rows, measures them, prints the table."""
+    from mixllm_jax.calibration import calibration_sequences
+    from mixllm_jax.checkpoint import CheckpointReader
+    from mixllm_jax.cli.perplexity import read_text
+    from mixllm_jax.evaluation.accuracy import ROWS, environment, measure_rows, quantize_rows
+    from mixllm_jax.evaluation.perplexity import cut_sequences, format_table
+    from mixllm_jax.loading import load_tokenizer
+    from mixllm_jax.quantization.scheme import QuantizationScheme, choose_group_size
+
+    if arguments.out is not None and not arguments.out.absolute().parent.is_dir():
+        raise OptionError(f"--out {arguments.out}: the folder {arguments.out.absolute().parent} does not exist")
+    samples, length = arguments.samples, arguments.sequence_length
+    reader = CheckpointReader(arguments.model_dir)
+    base = QuantizationScheme(
+        group_size=choose_group_size(reader.config, arguments.group_size),
+        samples=samples,
+        sequence_length=length,
+        seed=arguments.seed,
+    )
+    text = read_text(arguments.text, "--text")
+    tokens = load_tokenizer(reader.path)(text, add_special_tokens=False, verbose=False)["input_ids"]
+    sequences = cut_sequences(tokens, samples, length, str(arguments.text))
+    calibration = calibration_sequences(arguments.calibration, reader.path, samples, length, arguments.seed)
+
+    work = arguments.work or reader.path.with_name(f"{reader.path.name}.accuracy")
+    work.mkdir(parents=True, exist_ok=True)
+    quantize_rows(reader, base, calibration, work, ROWS, lambda name: print(f"quantizing: {name}", file=sys.stderr))
+    rows = measure_rows(reader, work, ROWS, sequences)
+    print(format_table(rows))
+    if arguments.out is not None:
+        calibration_name = Path(arguments.calibration).name if arguments.calibration else "embedded"
+        settings = {
+            "model": reader.path.name,
+            "calibration": calibration_name,
+            "text": arguments.text.name,
+            "samples": samples,
+            "sequence_length": length,
+            "group_size": base.group_size,
+            "seed": arguments.seed,
+        }
+        options = {"calibration": arguments.calibration and calibration_name, "text": arguments.text.name}
+        options |= {"samples": samples, "sequence-length": length, "seed": arguments.seed}
+        given = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
+        command = shlex.join(["mixllm", "accuracy", reader.path.name, *given])
+        content = {"command": command, "settings": settings, **environment(), "rows": rows}
+        arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+        print(f"wrote {arguments.out}")
+    if arguments.work is None:
+        shutil.rmtree(work)
