@@ -1,5 +1,6 @@
 """The commands, end to end on a tiny converted model, against transformers' own text."""
 
+import importlib
 import json
 import re
 import shutil
@@ -172,3 +173,10 @@ def test_chat_remembers_and_begins_anew(reference, folder, capsys, monkeypatch):
     second = reference_text(reference, f"<user>Hi\n<assistant>{first}\n<user>And?\n<assistant>", 5)
     assert out.count(first) >= 2
     assert second in out
+
+
+def test_every_verb_has_its_two_functions():
+    for name, (module, _) in cli.VERBS.items():
+        verb = importlib.import_module(module)
+        assert callable(verb.add_arguments), name
+        assert callable(verb.run), name
