@@ -108,21 +108,21 @@ def test_sampled_text_depends_on_the_seed_and_not_on_the_chunks(model):
 
 def test_no_program_is_compiled_twice(model):
     Engine(model).generate([[1] * 17], max_tokens=3)
-    before = engine._prefill._cache_size(), engine._decode._cache_size()
+    before = engine.prefill_step._cache_size(), engine.decode._cache_size()
     for length in (18, 20, 24):
         for temperature in (0.3, 0.9):
             sampling = SamplingSettings(temperature=temperature, seed=length)
             Engine(model).generate([[1] * length], max_tokens=length, sampling=sampling)
-    assert engine._prefill._cache_size() == before[0]
-    assert engine._decode._cache_size() <= before[1] + 1  # one for sampling beside one for greedy
+    assert engine.prefill_step._cache_size() == before[0]
+    assert engine.decode._cache_size() <= before[1] + 1  # one for sampling beside one for greedy
 
 
 def test_prompt_cache_gives_the_same_text_with_less_work(model, monkeypatch):
     prefilled: list[int] = []
-    original = Engine._prefill_rows
+    original = Engine.prefill
     monkeypatch.setattr(
         Engine,
-        "_prefill_rows",
+        "prefill",
         lambda self, cache, prompts, held: prefilled.append(len(prompts[0])) or original(self, cache, prompts, held),
     )
 

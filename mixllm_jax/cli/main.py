@@ -19,6 +19,7 @@ VERBS = {
     "perplexity": ("mixllm_jax.cli.perplexity", "perplexity of models, and how far they are from the first"),
     "inspect": ("mixllm_jax.cli.inspect", "bits per weight, sizes and 8-bit shares of a model folder"),
     "accuracy": ("mixllm_jax.cli.accuracy", "table of perplexity over schemes and allocations"),
+    "benchmark": ("mixllm_jax.cli.benchmark", "speed and memory of generation, with random weights or a model folder"),
     "demo": ("mixllm_jax.cli.demo", "fetch SmolLM2-135M, quantize it, and compare"),
 }
 

@@ -1,7 +1,7 @@
 """Prefill and decoding, on token ids.
 
-Two jitted functions do all the work: `_prefill` runs one chunk of the prompts through the model into the key/value
-cache, `_decode` runs a loop of decode steps on the device, sampling included. Both give their cache buffers up
+Two jitted functions do all the work: `prefill_step` runs one chunk of the prompts through the model into the key/value
+cache, `decode` runs a loop of decode steps on the device, sampling included. Both give their cache buffers up
 (donation). Lengths are rounded up to a few sizes (`round_up_length`), so that prompts of any length meet programs that
 are compiled already.
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Literal
 
 import jax
@@ -23,6 +23,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mixllm_jax.errors import OptionError
+from mixllm_jax.generation.memory import (
+    MemoryEstimate,
+    OutOfDeviceMemoryError,
+    describe_shortage,
+    device_memory,
+    estimate_memory,
+    require_memory,
+    weight_bytes,
+)
 from mixllm_jax.generation.sampling import Sampler, SamplingSettings
 from mixllm_jax.models.attention import has_flash_attention
 from mixllm_jax.models.cache import KVCache, require_room
@@ -79,7 +88,7 @@ class Generation:
 
 
 @functools.partial(jax.jit, static_argnames=("history",), donate_argnames=("cache", "last_logits"))
-def _prefill(
+def prefill_step(
     model: Decoder,
     cache: KVCache,
     last_logits: Float[Array, "batch vocab"],
@@ -94,9 +103,10 @@ def _prefill(
 
 
 @jax.jit
-def _first_token(
+def first_token(
     sampler: Sampler, stop: StopRules, row_keys: Key[Array, " batch"], logits: Float[Array, "batch vocab"]
 ) -> tuple[Array, Array, Array]:
+    """Samples the token after the prompts; returns it, the number of tokens generated, and which rows go on."""
     generated = jnp.zeros(logits.shape[0], jnp.int32)
     token = sampler.sample(_step_keys(row_keys, generated), logits)
     generated += 1
@@ -104,7 +114,7 @@ def _first_token(
 
 
 @functools.partial(jax.jit, static_argnames=("steps",), donate_argnames=("state",))
-def _decode(
+def decode(
     model: Decoder,
     state: DecodeState,
     sampler: Sampler,
@@ -170,6 +180,8 @@ class Engine:
         self.max_length = model.config.max_position_embeddings
         compute_dtype = model.embedding.weight.get_value().dtype
         self.cache_dtype = jnp.dtype(jnp.int8) if kv_bits == 8 else compute_dtype
+        self._compute_dtype = compute_dtype
+        self._weight_bytes = weight_bytes(model)
         self._flash_attention = has_flash_attention(compute_dtype, model.config.head_dim)
 
     def stream(
@@ -202,7 +214,8 @@ class Engine:
         self._check(prompts, max_tokens, stop_tokens)
         if prompt_cache is not None and len(prompts) != 1:
             raise ValueError(f"a prompt cache serves one prompt at a time, got {len(prompts)}")
-        return self._stream(prompts, max_tokens, sampling, stop_tokens, interval, prompt_cache)
+        chunks = self._stream(prompts, max_tokens, sampling, stop_tokens, interval, prompt_cache)
+        return self._explain_shortage(chunks, len(prompts), max(map(len, prompts)) + max_tokens)
 
     def generate(
         self,
@@ -237,8 +250,8 @@ class Engine:
         row_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), jnp.arange(len(prompts)))
 
         cache, held = self._cache_for(prompts, max(map(len, prompts)) + max_tokens, prompt_cache)
-        cache, logits = self._prefill_rows(cache, [prompt[held:] for prompt in prompts], held)
-        token, generated, active = _first_token(sampler, stop, row_keys, logits)
+        cache, logits = self.prefill(cache, [prompt[held:] for prompt in prompts], held)
+        token, generated, active = first_token(sampler, stop, row_keys, logits)
         state = DecodeState(cache, token, generated, active)
 
         first_row: list[int] = []
@@ -247,7 +260,7 @@ class Engine:
             began = time.monotonic()
             while True:
                 # The next chunk is under way before the host waits for this one; without active rows it is empty.
-                state, following = _decode(self.model, state, sampler, stop, row_keys, steps)
+                state, following = decode(self.model, state, sampler, stop, row_keys, steps)
                 rows = [[int(t) for t in row if t != NO_TOKEN] for row in np.asarray(pending)]
                 if not any(rows):
                     break
@@ -261,6 +274,22 @@ class Engine:
         if prompt_cache is not None:
             # The last sampled token has not been through the model.
             prompt_cache.put(state.cache, [*prompts[0], *first_row][:-1])
+
+    def _explain_shortage(
+        self, chunks: Generator[list[list[int]], None, None], batch: int, positions: int
+    ) -> Generator[list[list[int]], None, None]:
+        """Passes `chunks` on; where the device runs out of memory on the way, the error says what would fit."""
+        try:
+            yield from chunks
+        except jax.errors.JaxRuntimeError as error:
+            available = device_memory()
+            if "RESOURCE_EXHAUSTED" not in str(error) or available is None:
+                raise
+            context = self.cache_length(positions)
+            # The estimate was too low, or the memory is cut up: leave a margin in what is said to fit.
+            available = min(available, int(0.9 * self.estimate_memory(batch, context).peak))
+            shortage = describe_shortage(self.estimate_memory, batch, context, available)
+            raise OutOfDeviceMemoryError(f"the device ran out of memory; {shortage}") from error
 
     def _check(self, prompts: Sequence[Sequence[int]], max_tokens: int, stop_tokens: Sequence[int]) -> None:
         if max_tokens < 1:
@@ -284,21 +313,26 @@ class Engine:
         self, prompts: Sequence[Sequence[int]], positions: int, prompt_cache: PromptCache | None
     ) -> tuple[KVCache, int]:
         """A cache with room for `positions`, and how many tokens of the prompts are in it already."""
-        size = round_up_length(positions, _SMALLEST_CACHE, self.max_length)
+        size = self.cache_length(positions)
+        require_memory(self.estimate_memory, len(prompts), size, device_memory())
         if prompt_cache is not None and (held := prompt_cache.take(prompts[0], size)) is not None:
             return held
         return KVCache.zeros(self.model.config, len(prompts), size, self.cache_dtype), 0
 
-    def _prefill_rows(self, cache: KVCache, prompts: Sequence[Sequence[int]], held: int) -> tuple[KVCache, Array]:
-        """Runs the prompts through the model chunk by chunk; returns the logits after each row's last token.
+    def prefill(self, cache: KVCache, prompts: Sequence[Sequence[int]], held: int) -> tuple[KVCache, Array]:
+        """Runs the prompts through the model chunk by chunk.
 
-        The cache holds `held` tokens of every row already.
+        Args:
+            cache: Holds `held` tokens of every row already; given up.
+            prompts: Token ids after those, one list a row.
+            held: The same for all rows.
+
+        Returns:
+            The cache, and the float32 logits `[batch, vocab]` after each row's last token.
         """
         logits: Array = jnp.zeros((len(prompts), self.model.config.vocab_size), jnp.float32)
-        longest = max(map(len, prompts))
         chunk = self.prefill_chunk(len(prompts))
-        for offset in range(0, longest, chunk):
-            bucket = round_up_length(min(longest - offset, chunk), _SMALLEST_BUCKET, cache.max_length)
+        for offset, bucket in self._prefill_steps(max(map(len, prompts)), len(prompts), cache.max_length):
             tokens = np.zeros((len(prompts), bucket), np.int32)
             lengths = np.zeros(len(prompts), np.int32)
             for row, prompt in enumerate(prompts):
@@ -306,8 +340,39 @@ class Engine:
                 tokens[row, : len(part)] = part
                 lengths[row] = len(part)
             history = self._history(held + offset)
-            cache, logits = _prefill(self.model, cache, logits, jnp.asarray(tokens), jnp.asarray(lengths), history)
+            cache, logits = prefill_step(self.model, cache, logits, jnp.asarray(tokens), jnp.asarray(lengths), history)
         return cache, logits
+
+    def lower_prefill(self, cache: KVCache, length: int) -> Iterator[jax.stages.Lowered]:
+        """The programs that a prefill of `length` tokens into an empty cache of this shape runs, to compile ahead."""
+        batch = cache.lengths.shape[0]
+        logits = jax.ShapeDtypeStruct((batch, self.model.config.vocab_size), jnp.float32)
+        lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
+        for offset, bucket in self._prefill_steps(length, batch, cache.max_length):
+            tokens = jax.ShapeDtypeStruct((batch, bucket), jnp.int32)
+            yield prefill_step.lower(self.model, cache, logits, tokens, lengths, self._history(offset))
+
+    def _prefill_steps(self, length: int, batch: int, max_length: int) -> Iterator[tuple[int, int]]:
+        """First token and padded size of each chunk of the longest prompt."""
+        chunk = self.prefill_chunk(batch)
+        for offset in range(0, length, chunk):
+            yield offset, round_up_length(min(length - offset, chunk), _SMALLEST_BUCKET, max_length)
+
+    def cache_length(self, positions: int) -> int:
+        """Size of the cache in which `positions` tokens of a row are kept."""
+        return round_up_length(positions, _SMALLEST_CACHE, self.max_length)
+
+    def estimate_memory(self, batch: int, context: int) -> MemoryEstimate:
+        """Device memory for `batch` rows of `context` positions."""
+        return estimate_memory(
+            self.model.config,
+            self._weight_bytes,
+            batch=batch,
+            context=context,
+            cache_dtype=self.cache_dtype,
+            compute_dtype=self._compute_dtype,
+            prefill_tokens=batch * self.prefill_chunk(batch),
+        )
 
     def prefill_chunk(self, batch: int) -> int:
         """Tokens of each row in one prefill step: a power of two."""

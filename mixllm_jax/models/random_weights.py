@@ -6,11 +6,13 @@ unit variance, so that nothing overflows however many layers there are.
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from mixllm_jax.errors import OptionError
@@ -92,10 +94,10 @@ def random_decoder(
         OptionError: No group size fits.
     """
     group_size = weights.group_size or fitting_group_size(config)
-    root = jax.random.key(seed)
 
     def read(part: str) -> dict[str, Any]:
-        keys = iter(jax.random.split(jax.random.fold_in(root, config.part_names().index(part)), 16))
+        first = (seed * 1000 + config.part_names().index(part)) * 16
+        seeds = (np.uint32(number % 2**32) for number in itertools.count(first))
         arrays: dict[str, Any] = {}
         quantized = (
             {f"{path}.weight" for path in LINEAR_PATHS.values()} if weights.eight_bit_share is not None else set()
@@ -103,39 +105,53 @@ def random_decoder(
         for path, shape in config.part_shapes(part).items():
             if path in quantized:
                 share = weights.eight_bit_share or 0.0
-                arrays[path] = _packed(next(keys), *shape, round(share * shape[0]), group_size)
+                arrays[path] = _packed(next(seeds), *shape, round(share * shape[0]), group_size)
             elif len(shape) == 1:
                 arrays[path] = jnp.zeros(shape) if path.endswith("bias") else jnp.ones(shape)
             elif path != "lm_head.weight" or weights.lm_head_bits == 16:
-                arrays[path] = _normal(next(keys), shape, 1 / math.sqrt(shape[1]), jnp.dtype(dtype))
+                arrays[path] = random_array(next(seeds), shape, 1 / math.sqrt(shape[1]), jnp.dtype(dtype))
         if part == "final" and weights.lm_head_bits == 8:
             vocab, hidden = config.vocab_size, config.hidden_size
-            arrays["lm_head.weight"] = _packed(next(keys), vocab, hidden, vocab, group_size)
+            arrays["lm_head.weight"] = _packed(next(seeds), vocab, hidden, vocab, group_size)
         return arrays
 
     return Decoder.from_parameters(config, read, Execution(dtype=dtype, implementation=implementation))
 
 
+def _random_bits(seed: jax.Array, stream: int, shape: tuple[int, ...]) -> jax.Array:
+    """uint32 from an integer hash of each element's index.
+
+    Elementwise, so that XLA fuses it into whatever reads it and no memory beyond the result is needed: JAX's generators
+    would need several times the size of the largest weight.
+    """
+    index = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
+    bits = (index * jnp.uint32(0x9E3779B1)) ^ (seed + jnp.uint32(stream * 0x85EBCA6B % 2**32))
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x7FEB352D)
+    bits = (bits ^ (bits >> 15)) * jnp.uint32(0x846CA68B)
+    return bits ^ (bits >> 16)
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _normal(key: jax.Array, shape: tuple[int, ...], scale: float, dtype: Any) -> jax.Array:
-    return jax.random.normal(key, shape, dtype) * jnp.asarray(scale, dtype)
+def random_array(seed: jax.Array, shape: tuple[int, ...], scale: float, dtype: Any) -> jax.Array:
+    """Uniform values with standard deviation `scale`; `seed` is a uint32 scalar."""
+    unit = _random_bits(seed, 0, shape).astype(jnp.float32) * 2.0**-32 - 0.5
+    return (unit * (scale * math.sqrt(12))).astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _packed(key: jax.Array, out_features: int, in_features: int, n8: int, group_size: int) -> PackedWeight:
+def _packed(seed: jax.Array, out_features: int, in_features: int, n8: int, group_size: int) -> PackedWeight:
     """Random codes; `n8` channels chosen at random have 8 bits."""
     n4, groups = out_features - n8, in_features // group_size
-    key4, zero_key, key8, order_key = jax.random.split(key, 4)
     gain = 1 / math.sqrt(in_features)
-    # The low ranks of a random permutation are the 8-bit channels; a stable sort keeps each kind ascending.
-    eight_bit = jax.random.permutation(order_key, out_features) < n8
-    codes8 = jax.random.bits(key8, (groups, n8, group_size), jnp.uint8)
+    # The smallest of random numbers are the 8-bit channels; a stable sort keeps each kind ascending.
+    rank = jnp.argsort(jnp.argsort(_random_bits(seed, 1, (out_features,)), stable=True), stable=True)
+    codes8 = _random_bits(seed, 2, (groups, n8, group_size)) % 255
     return PackedWeight(
-        codes4=jax.random.bits(key4, (groups, n4, group_size // 2), jnp.uint8),
+        codes4=_random_bits(seed, 3, (groups, n4, group_size // 2)).astype(jnp.uint8),
         scales4=jnp.full((groups, n4), gain / _STD_OF_4_BIT_CODES, jnp.float16),
-        zero_points4=7 + jax.random.bits(zero_key, (groups, n4), jnp.uint8) % jnp.uint8(2),
-        codes8=jnp.maximum(jax.lax.bitcast_convert_type(codes8, jnp.int8), jnp.int8(-127)),
+        zero_points4=(7 + _random_bits(seed, 4, (groups, n4)) % 2).astype(jnp.uint8),
+        codes8=(codes8.astype(jnp.int32) - 127).astype(jnp.int8),
         scales8=jnp.full((groups, n8), gain / _STD_OF_8_BIT_CODES, jnp.float16),
-        channel_order=jnp.argsort(eight_bit, stable=True).astype(jnp.int32),
+        channel_order=jnp.argsort(rank < n8, stable=True).astype(jnp.int32),
         group_size=group_size,
     )

@@ -1,0 +1,129 @@
+"""What the engine benchmark measures, and the rows it stores."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+KEY = ("model", "scheme", "batch", "context", "kv_bits", "lm_head_bits")
+"""The fields that identify a row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The cases of one model in one scheme, measured in one process.
+
+    Attributes:
+        model: Name of a preset (random weights), or a model folder.
+        scheme: `bf16`, `W4A8`, ... for random weights; `stored` for a folder.
+        batches: Rows of the decode cases.
+        contexts: Positions of the decode cases; the last `decode_steps` of them are decoded.
+        prompts: Prompt lengths whose time to the first token is measured, one row.
+        kv_bits: 16 or 8.
+        lm_head_bits: 16 or 8.
+        decode_steps: Timed decode steps.
+        profile: Whether to profile a decode step of the first batch and context.
+    """
+
+    model: str
+    scheme: str
+    batches: tuple[int, ...]
+    contexts: tuple[int, ...]
+    prompts: tuple[int, ...]
+    kv_bits: int = 16
+    lm_head_bits: int = 16
+    decode_steps: int = 128
+    profile: bool = False
+
+    def to_json(self) -> str:
+        """For the command line of the worker process."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Inverse of `to_json`."""
+        values: dict[str, Any] = json.loads(text)
+        for name in ("batches", "contexts", "prompts"):
+            values[name] = tuple(values[name])
+        return cls(**values)
+
+    def row(self, batch: int, context: int, **measured: Any) -> dict[str, Any]:
+        """A row of the results; what was not measured is null."""
+        return {
+            "model": Path(self.model).name,
+            "scheme": self.scheme,
+            "batch": batch,
+            "context": context,
+            "kv_bits": self.kv_bits,
+            "lm_head_bits": self.lm_head_bits,
+            "decode_tokens_per_s": None,
+            "time_to_first_token_ms": None,
+            "peak_memory_gb": None,
+            "roofline_share": None,
+        } | measured
+
+
+class Results:
+    """The JSON file of rows: every row is stored as soon as it is there, and replaces an older one of the same case."""
+
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        self.path = path
+        self.header = header
+        stored = json.loads(path.read_text()) if path.is_file() else {}
+        self.rows: list[dict[str, Any]] = stored.get("rows", [])
+        self.profiles: list[dict[str, Any]] = stored.get("profiles", [])
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Stores a row; values that are null in it keep what an earlier one of this run found."""
+        key = tuple(row.get(name) for name in KEY)
+        older = [old for old in self.rows if tuple(old.get(name) for name in KEY) == key]
+        kept = {name: value for name, value in older[0].items() if row.get(name) is None} if older else {}
+        self.rows = [old for old in self.rows if old not in older] + [row | kept]
+        self.rows.sort(key=lambda row: [(row[name] is None, str(row[name]).zfill(8)) for name in KEY])
+        self._write()
+
+    def add_profile(self, profile: dict[str, Any]) -> None:
+        """Stores the profile of a decode step in place of an older one of the same case."""
+        key = [profile[name] for name in KEY]
+        self.profiles = [old for old in self.profiles if [old[name] for name in KEY] != key] + [profile]
+        self._write()
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        lines = {
+            name: ",\n".join("  " + json.dumps(row) for row in getattr(self, name)) for name in ("rows", "profiles")
+        }
+        body = json.dumps(self.header, indent=1)[:-2]
+        partial.write_text(f'{body},\n "rows": [\n{lines["rows"]}\n ],\n "profiles": [\n{lines["profiles"]}\n ]\n}}\n')
+        partial.replace(self.path)
+
+
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """Rows as a table for people."""
+    columns = {
+        "scheme": "scheme",
+        "batch": "batch",
+        "context": "context",
+        "decode_tokens_per_s": "decode tok/s",
+        "roofline_share": "roofline",
+        "time_to_first_token_ms": "first token ms",
+        "peak_memory_gb": "peak GB",
+    }
+
+    def cell(value: Any) -> str:
+        if value is None:
+            return "-"
+        return (
+            f"{value:.2f}"
+            if isinstance(value, float) and value < 100
+            else f"{value:.0f}"
+            if isinstance(value, float)
+            else str(value)
+        )
+
+    table = [list(columns.values()), *([cell(row.get(name)) for name in columns] for row in rows)]
+    widths = [max(len(line[column]) for line in table) for column in range(len(columns))]
+    return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in table)

@@ -1,0 +1,41 @@
+"""The least time of a decode step: the bytes it must read, at the bandwidth the device was measured to have."""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+from mixllm_jax.generation.memory import weight_bytes
+from mixllm_jax.models.decoder import Decoder
+from mixllm_jax.models.random_weights import random_array
+from pallas_kernels.kv_cache import bytes_per_position
+
+
+def read_bandwidth(size: int = 2 << 30, repeats: int = 20) -> float:
+    """Bytes per second of reading device memory: the fastest of some sums over `size` bytes."""
+    data = random_array(jnp.uint32(1), (size // 2,), 1.0, jnp.bfloat16).view(jnp.int16).view(jnp.int32)
+    total = jax.jit(lambda x: jnp.max(x.reshape(-1, 1 << 14), axis=1))
+    total(data).block_until_ready()
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            result = total(data)
+        result.block_until_ready()
+        best = min(best, (time.perf_counter() - start) / repeats)
+    return size / best
+
+
+def bytes_per_step(model: Decoder, batch: int, context: float, cache_dtype: jax.typing.DTypeLike) -> int:
+    """Bytes that a decode step of `batch` rows of `context` positions must read: weights, and keys and values.
+
+    Of the embedding, it reads one row a token; a tied one is read whole as the output head.
+    """
+    config = model.config
+    weights = weight_bytes((model.layers, model.final))
+    if model.final.lm_head is None:
+        weights += weight_bytes(model.embedding)
+    position = bytes_per_position(config.num_kv_heads, config.head_dim, cache_dtype)
+    return weights + int(batch * context * config.num_layers * position)

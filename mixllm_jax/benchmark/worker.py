@@ -1,0 +1,235 @@
+"""Measures one model in one scheme: `python -m mixllm_jax.benchmark.worker PLAN`, one line of JSON for each result.
+
+A process of its own, so that the peak of the device's memory is that of this model. All programs are compiled first, in
+parallel and before the weights are there; the compile cache hands them to the engine later.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mixllm_jax.benchmark import roofline
+from mixllm_jax.benchmark.cases import Plan
+from mixllm_jax.benchmark.profile import profile
+from mixllm_jax.generation.engine import DECODE_CHUNK, DecodeState, Engine, StopRules, decode, first_token
+from mixllm_jax.generation.memory import GB, OutOfDeviceMemoryError, device_memory, require_memory
+from mixllm_jax.generation.sampling import Sampler, SamplingSettings
+from mixllm_jax.models.cache import KVCache
+from mixllm_jax.models.decoder import Decoder
+from mixllm_jax.models.presets import preset
+from mixllm_jax.models.random_weights import WeightFormat, random_array, random_decoder
+from pallas_kernels.kv_cache import LayerCache
+
+_PREFILL_REPEATS = 3
+
+
+def emit(kind: str, value: dict[str, Any]) -> None:
+    """Hands a result to the parent process."""
+    print(json.dumps({kind: value}), flush=True)
+
+
+def note(text: str) -> None:
+    """Tells the watcher what is going on."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def build_model(plan: Plan) -> Decoder:
+    """Random weights on the device, or a folder's."""
+    if plan.scheme == "stored":
+        from mixllm_jax.loading import load
+
+        return load(plan.model).model
+    weights = WeightFormat.from_name(plan.scheme, lm_head_bits=plan.lm_head_bits)
+    dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
+    return random_decoder(preset(plan.model), weights, dtype=dtype)
+
+
+class Bench:
+    """The engine with the fixed inputs of the measurements."""
+
+    def __init__(self, model: Decoder, plan: Plan) -> None:
+        self.engine = Engine(model, kv_bits=plan.kv_bits)
+        self.plan = plan
+        self.sampler = Sampler.from_settings(SamplingSettings())
+        # Random weights may well sample a stop token, so there is none.
+        self.stop = StopRules(jnp.full((16,), -1, jnp.int32), jnp.int32(1 << 30))
+
+    def row_keys(self, batch: int) -> jax.Array:
+        """Keys that greedy decoding does not use."""
+        return jax.random.split(jax.random.key(0), batch)
+
+    def abstract_state(self, batch: int, context: int) -> DecodeState:
+        """Shapes of a decode case."""
+        cache = jax.eval_shape(lambda: KVCache.zeros(self.engine.model.config, batch, context, self.engine.cache_dtype))
+        ints: Any = jax.ShapeDtypeStruct((batch,), jnp.int32)
+        active: Any = jax.ShapeDtypeStruct((batch,), jnp.bool_)
+        return DecodeState(cache, ints, ints, active)
+
+    def compile_decode(self, batch: int, context: int) -> None:
+        """Puts the program into the compile cache."""
+        state = self.abstract_state(batch, context)
+        keys = jax.eval_shape(lambda: self.row_keys(batch))
+        decode.lower(self.engine.model, state, self.sampler, self.stop, keys, DECODE_CHUNK).compile()
+
+    def compile_prefill(self, prompt: int, context: int) -> None:
+        """Puts the programs of a prompt into the compile cache."""
+        cache = self.abstract_state(1, context).cache
+        for lowered in self.engine.lower_prefill(cache, prompt):
+            lowered.compile()
+
+    def filled_state(self, batch: int, context: int, length: int) -> DecodeState:
+        """A decode state whose cache holds `length` random positions of each row."""
+        cache = self.abstract_state(batch, context).cache
+        layers = tuple(_random_layer(layer, np.uint32(index)) for index, layer in enumerate(cache.layers))
+        token = jnp.asarray(np.random.default_rng(0).integers(0, self.engine.model.config.vocab_size, batch), jnp.int32)
+        lengths = jnp.full((batch,), length, jnp.int32)
+        return DecodeState(KVCache(layers, lengths), token, jnp.zeros((batch,), jnp.int32), jnp.ones((batch,), bool))
+
+    def run_decode(self, state: DecodeState, chunks: int) -> DecodeState:
+        """Decodes `chunks * DECODE_CHUNK` steps as the engine does, and waits for the end."""
+        keys = self.row_keys(state.token.shape[0])
+        for _ in range(chunks):
+            state, tokens = decode(self.engine.model, state, self.sampler, self.stop, keys, DECODE_CHUNK)
+        tokens.block_until_ready()
+        return state
+
+    def decode_chunks(self, context: int) -> int:
+        """Timed chunks of a decode case."""
+        return max(1, min(self.plan.decode_steps, context // 2) // DECODE_CHUNK)
+
+    def decode_start(self, context: int) -> int:
+        """Positions that are there before a decode case: it ends, after a chunk to warm up, where the cache is full."""
+        return context - (self.decode_chunks(context) + 1) * DECODE_CHUNK
+
+    def decode_case(self, batch: int, context: int, bandwidth: float) -> dict[str, Any]:
+        """Speed of the last steps before `context`; with one row, a prefill runs first, for the peak of memory."""
+        chunks, start = self.decode_chunks(context), self.decode_start(context)
+        if batch == 1:
+            self.time_to_first_token(start, context)
+        state = self.run_decode(self.filled_state(batch, context, start), 1)
+        began = time.perf_counter()
+        state = self.run_decode(state, chunks)
+        seconds = (time.perf_counter() - began) / (chunks * DECODE_CHUNK)
+        assert int(state.cache.lengths[0]) == context
+        average = context - chunks * DECODE_CHUNK / 2
+        floor = roofline.bytes_per_step(self.engine.model, batch, average, self.engine.cache_dtype) / bandwidth
+        return {
+            "decode_tokens_per_s": round(batch / seconds, 1),
+            "roofline_share": round(floor / seconds, 4),
+            "peak_memory_gb": _peak_memory(),
+        }
+
+    def time_to_first_token(self, prompt: int, context: int) -> float:
+        """Milliseconds from a prompt on the host to its first token on the host, median."""
+        tokens = np.random.default_rng(1).integers(0, self.engine.model.config.vocab_size, prompt).tolist()
+        keys = self.row_keys(1)
+        times = []
+        for _ in range(_PREFILL_REPEATS + 1):
+            cache = jax.block_until_ready(KVCache.zeros(self.engine.model.config, 1, context, self.engine.cache_dtype))
+            began = time.perf_counter()
+            cache, logits = self.engine.prefill(cache, [tokens], held=0)
+            np.asarray(first_token(self.sampler, self.stop, keys, logits)[0])
+            times.append(time.perf_counter() - began)
+            del cache, logits
+        return 1e3 * statistics.median(times[1:])
+
+    def profile_decode(self, batch: int, context: int) -> dict[str, Any]:
+        """Where the time of a step goes."""
+        state = self.run_decode(self.filled_state(batch, context, context - 4 * DECODE_CHUNK), 1)
+        return profile(lambda: self.run_decode(state, 2).token, 2 * DECODE_CHUNK)
+
+
+def _random_layer(layer: LayerCache, seed: np.uint32) -> LayerCache:
+    def fill(array: Any, stream: int) -> Any:
+        if array is None:
+            return None
+        if array.dtype == jnp.int8:
+            return random_array(seed + np.uint32(stream << 16), array.shape, 30.0, jnp.int8)
+        return (
+            jnp.abs(random_array(seed + np.uint32(stream << 16), array.shape, 0.02, jnp.float32))
+            if (array.dtype == jnp.float32 and layer.quantized)
+            else random_array(seed + np.uint32(stream << 16), array.shape, 1.0, array.dtype)
+        )
+
+    return LayerCache(
+        *(
+            fill(getattr(layer, name), stream)
+            for stream, name in enumerate(("keys", "values", "key_scales", "value_scales"), start=1)
+        )
+    )
+
+
+def _peak_memory() -> float | None:
+    statistics_ = jax.devices()[0].memory_stats()
+    return None if statistics_ is None else round(statistics_["peak_bytes_in_use"] / GB, 3)
+
+
+def compile_all(plan: Plan, cases: list[tuple[int, int]]) -> None:
+    """Compiles every program on all cores; failures show again when the case runs."""
+    model = jax.eval_shape(lambda: build_model(plan))
+    bench = Bench(model, plan)
+    jobs: list[Callable[[], None]] = [lambda case=case: bench.compile_decode(*case) for case in cases]  # type: ignore[misc]
+    prefills = {(prompt, bench.engine.cache_length(prompt + 1)) for prompt in plan.prompts}
+    prefills |= {(bench.decode_start(context), context) for batch, context in cases if batch == 1}
+    jobs += [lambda case=case: bench.compile_prefill(*case) for case in prefills]  # type: ignore[misc]
+    with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:
+        for future in [pool.submit(job) for job in jobs]:
+            if (error := future.exception()) is not None:
+                note(f"  compiling failed: {type(error).__name__}: {str(error)[:300]}")
+
+
+def main() -> None:
+    """Runs the plan given as the only argument."""
+    plan = Plan.from_json(sys.argv[1])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    began = time.monotonic()
+    bandwidth = roofline.read_bandwidth(2 << 30 if jax.default_backend() == "gpu" else 1 << 24)
+    emit("device", {"kind": jax.devices()[0].device_kind, "read_bandwidth_tb_s": round(bandwidth / 1e12, 3)})
+    # The cheapest first, so that the peak of memory so far is that of the case.
+    cases = sorted(((batch, context) for batch in plan.batches for context in plan.contexts), key=lambda c: c[0] * c[1])
+    if plan.scheme != "stored":
+        compile_all(plan, cases)
+        note(f"  compiled after {time.monotonic() - began:.0f} s")
+    bench = Bench(jax.block_until_ready(build_model(plan)), plan)
+    note(f"  weights there after {time.monotonic() - began:.0f} s")
+
+    def guarded(what: str, measure: Callable[[], None]) -> None:
+        try:
+            measure()
+        except (OutOfDeviceMemoryError, jax.errors.JaxRuntimeError, NotImplementedError, AssertionError) as error:
+            note(f"  {what} failed: {type(error).__name__}: {str(error)[:400]}")
+            emit("failure", {"case": what, "error": f"{type(error).__name__}: {str(error)[:400]}"})
+
+    def first_token_case(prompt: int) -> None:
+        milliseconds = bench.time_to_first_token(prompt, bench.engine.cache_length(prompt + 1))
+        emit("row", plan.row(1, prompt, time_to_first_token_ms=round(milliseconds, 2)))
+
+    def decode_case(batch: int, context: int) -> None:
+        require_memory(bench.engine.estimate_memory, batch, context, device_memory())
+        emit("row", plan.row(batch, context, **bench.decode_case(batch, context, bandwidth)))
+
+    def profile_case(batch: int, context: int) -> None:
+        identity = {k: v for k, v in plan.row(batch, context).items() if v is not None}
+        emit("profile", identity | bench.profile_decode(batch, context))
+
+    if plan.profile:
+        guarded("profile", lambda: profile_case(plan.batches[0], plan.contexts[0]))
+    for batch, context in cases:
+        guarded(f"batch {batch}, context {context}", lambda: decode_case(batch, context))  # noqa: B023 (called at once)
+    for prompt in sorted(plan.prompts):
+        guarded(f"prompt {prompt}", lambda: first_token_case(prompt))  # noqa: B023 (called at once)
+    note(f"  done after {time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""`mixllm benchmark`: decoding speed, time to the first token and peak memory, of random weights or a folder."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from mixllm_jax.errors import MixLLMError, OptionError
+
+SCHEMES = "bf16,W4A8,W4.4A8,W8A8"
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        values = tuple(int(value) for value in text.split(",") if value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected numbers separated by commas, found {text!r}") from error
+    if any(value < 1 for value in values):
+        raise argparse.ArgumentTypeError(f"expected positive numbers, found {text!r}")
+    return values
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    parser.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="model folder; or give --random-weights")
+    parser.add_argument(
+        "--random-weights", metavar="NAME", help="shapes of a known model with random weights, such as llama-3.1-8b"
+    )
+    parser.add_argument(
+        "--schemes", default=SCHEMES, metavar="LIST", help=f"formats of random weights (default: {SCHEMES})"
+    )
+    parser.add_argument(
+        "--batches", type=_integers, default=(1, 4, 16, 64), metavar="LIST", help="(default: 1,4,16,64)"
+    )
+    parser.add_argument(
+        "--contexts", type=_integers, default=(512, 4096), metavar="LIST", help="positions (default: 512,4096)"
+    )
+    parser.add_argument(
+        "--prompts",
+        type=_integers,
+        default=(128, 512, 2048, 8192),
+        metavar="LIST",
+        help="prompt lengths for the time to the first token (default: 128,512,2048,8192)",
+    )
+    parser.add_argument("--kv-bits", type=int, choices=(8, 16), default=16, help="bits of the key/value cache")
+    parser.add_argument("--lm-head-bits", type=int, choices=(8, 16), default=16, help="bits of the output head")
+    parser.add_argument("--profile", action="store_true", help="also profile a decode step of the first case")
+    parser.add_argument(
+        "--compare-transformers", action="store_true", help="also measure transformers in bf16 (needs torch with CUDA)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("docs/results/engine_h100.json"),
+        metavar="FILE",
+        help="results; rows of the same case are replaced (default: docs/results/engine_h100.json)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measures, prints a table, stores the rows."""
+    from mixllm_jax.benchmark.cases import Plan, format_table
+    from mixllm_jax.benchmark.runner import open_results, run_plans
+
+    if (arguments.folder is None) == (arguments.random_weights is None):
+        raise OptionError("give either a model folder or --random-weights NAME")
+    if arguments.random_weights is not None:
+        from mixllm_jax.models.presets import preset
+        from mixllm_jax.models.random_weights import WeightFormat
+
+        preset(arguments.random_weights)
+        schemes = [scheme for scheme in arguments.schemes.split(",") if scheme]
+        for scheme in schemes:
+            WeightFormat.from_name(scheme)
+        model = arguments.random_weights
+    else:
+        schemes, model = ["stored"], str(arguments.folder)
+    plans = [
+        Plan(
+            model,
+            scheme,
+            arguments.batches,
+            arguments.contexts,
+            arguments.prompts,
+            kv_bits=arguments.kv_bits,
+            lm_head_bits=16 if scheme == "bf16" else arguments.lm_head_bits,
+            profile=arguments.profile,
+        )
+        for scheme in schemes
+    ]
+    results = open_results(arguments.out, shlex.join(["mixllm", *sys.argv[1:]]))
+    compared = arguments.batches if arguments.compare_transformers else ()
+    failures = run_plans(plans, results, transformers_batches=compared)
+    print(format_table([row for row in results.rows if row["model"] == Path(model).name]))
+    print(f"stored in {arguments.out}")
+    if failures:
+        raise MixLLMError(f"{failures} of the processes failed: see above; what they had measured is stored")
