@@ -23,11 +23,14 @@ class QuantizedActivations:
             codes) for an all-zero group. Group-major,
             as the weights' scales are, since kernels walk along the groups.
         group_size: Input channels that share a scale.
+        counters: None, or int32 zeros, which quantising kernels write along the way: a matmul that splits K counts its
+            finished programs in them, and would otherwise need a launch of its own to clear some.
     """
 
     codes: Any
     scales: Any
     group_size: int = dataclasses.field(metadata={"static": True})
+    counters: Any = None
 
     @property
     def tokens(self) -> int:

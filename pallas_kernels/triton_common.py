@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import registry
 from pallas_kernels.activations import SMALLEST_SCALE
@@ -30,6 +32,26 @@ def quantize_groups(groups: jax.Array) -> tuple[jax.Array, jax.Array]:
     quotients = groups * inverses
     remainders = fma(-quotients, divisors, groups)
     return round_to_int8(fma(remainders, inverses, quotients)), scales
+
+
+NUM_COUNTERS = 1024
+"""Counters that a quantising kernel clears for the matmul: more tiles than one with few tokens splits."""
+MAX_COUNTED_TOKENS = 64
+"""With more tokens than this, the matmul has tiles enough without splitting K."""
+
+
+def counters_shape(tokens: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The extra output of a quantising kernel for this many tokens."""
+    return (jax.ShapeDtypeStruct((NUM_COUNTERS,), jnp.int32),) if tokens <= MAX_COUNTED_TOKENS else ()
+
+
+def clear_counters(refs: Sequence[Any], is_first_program: jax.Array) -> None:
+    """Write the extra output, where there is one."""
+    for ref in refs:
+
+        @pl.when(is_first_program)
+        def _clear(ref: Any = ref) -> None:
+            plgpu.store(ref.at[jnp.arange(NUM_COUNTERS)], jnp.zeros((NUM_COUNTERS,), jnp.int32))
 
 
 def next_power_of_2(value: int) -> int:

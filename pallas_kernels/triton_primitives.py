@@ -97,6 +97,21 @@ def loads_before(value: jax.Array) -> jax.Array:
 _SUBTRACT = "sub.u32 t, t, $2; xor.b32 $0, t, 0x80808080; }"
 _SELECT = "lop3.b32 t, t, 0x0f0f0f0f, 0x80808080, 0xEA; "  # (t & 0x0f0f0f0f) | 0x80808080
 
+_low_codes = _primitive(
+    "low_codes", lambda codes: (codes & 15).astype(jnp.int8), _inline_asm("and.b32 $0, $1, 0x0f0f0f0f;", "=r,r", 4)
+)
+_high_codes = _primitive(
+    "high_codes",
+    lambda codes: (codes >> 4).astype(jnp.int8),
+    _inline_asm("{ .reg .b32 t; shr.u32 t, $1, 4; and.b32 $0, t, 0x0f0f0f0f; }", "=r,r", 4),
+)
+
+
+def unpack_codes(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Pairs of 4-bit codes, uint8: the low and the high ones as int8, 0..15."""
+    return _low_codes.bind(codes), _high_codes.bind(codes)
+
+
 _low_nibbles = _primitive(
     "low_nibbles",
     lambda codes, zero_points: ((codes & 15) - zero_points).astype(jnp.int8),

@@ -25,6 +25,10 @@ from pallas_kernels.mixed_matmul.triton_few_tokens import FewTokensConfig
 from pallas_kernels.mixed_matmul.triton_many_tokens import ManyTokensConfig
 
 gpu = pytest.mark.gpu
+INTERPRETED = pytest.param(
+    "triton_interpret",
+    marks=pytest.mark.skipif(registry.default_platform() != "cpu", reason="interpret mode is for a CPU"),
+)
 IMPLEMENTATIONS = ["xla", pytest.param("triton", marks=gpu)]
 if "mosaic_gpu" in matmul_api.OPERATION.implementations:
     MATMULS = [*IMPLEMENTATIONS, pytest.param("mosaic_gpu", marks=gpu)]
@@ -69,7 +73,7 @@ def check_matmul(case: Case, implementation: str, dtype: str = "float32", **sett
     assert relative_error(out, case.expected) < OUT_ERROR[dtype]
 
 
-@pytest.mark.parametrize("implementation", [*MATMULS, "triton_interpret"])
+@pytest.mark.parametrize("implementation", [*MATMULS, INTERPRETED])
 @pytest.mark.parametrize("sizes", SMALL)
 def test_matmul_small(implementation: str, sizes: tuple[int, int, int, int, float]):
     check_matmul(make_case(*sizes, bias=True), implementation)
@@ -94,7 +98,7 @@ def test_matmul_channel_orders(implementation: str, order: str):
     check_matmul(make_case(4, 131, 256, 64, 0.1, order=order, bias=True), implementation)
 
 
-@pytest.mark.parametrize("implementation", [*MATMULS, "triton_interpret"])
+@pytest.mark.parametrize("implementation", [*MATMULS, INTERPRETED])
 @pytest.mark.parametrize("group_size", [32, 128])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_matmul_at_the_extremes_of_the_conversion(implementation: str, group_size: int, sign: int):
@@ -147,15 +151,15 @@ def test_matmul_is_deterministic(implementation: str):
 
 
 INTERPRETED_CONFIGS = [
-    FewTokensConfig(16, 8, 2, 1, prefetch=False),
-    FewTokensConfig(32, 16, 2, 2, prefetch=True),
+    FewTokensConfig(16, 8, 2, 1, 2, "none"),
+    FewTokensConfig(32, 16, 2, 1, 3, "all"),
     ManyTokensConfig(16, 32, 4, 2),
 ]
 COMPILED_CONFIGS = [
-    FewTokensConfig(16, 8, 16, 1, prefetch=True),
-    FewTokensConfig(32, 16, 8, 2, prefetch=False),
-    FewTokensConfig(64, 16, 4, 1, prefetch=True),
-    FewTokensConfig(32, 32, 4, 1, prefetch=False),
+    FewTokensConfig(16, 8, 16, 1, 1, "weights"),
+    FewTokensConfig(32, 16, 8, 2, 1, "none"),
+    FewTokensConfig(64, 16, 4, 1, 2, "all"),
+    FewTokensConfig(32, 32, 4, 1, 4, "weights"),
     ManyTokensConfig(64, 32, 4, 4),
     ManyTokensConfig(64, 128, 4, 3),
     ManyTokensConfig(128, 64, 8, 2),
@@ -164,7 +168,7 @@ COMPILED_CONFIGS = [
 
 @pytest.mark.parametrize(
     ("config", "interpret"),
-    [(config, True) for config in INTERPRETED_CONFIGS]
+    [pytest.param(config, True, marks=INTERPRETED.marks) for config in INTERPRETED_CONFIGS]
     + [pytest.param(config, False, marks=gpu) for config in COMPILED_CONFIGS],
     ids=str,
 )
@@ -191,7 +195,7 @@ def check_quantized(actual: QuantizedActivations, x: np.ndarray, group_size: int
 
 
 QUANTIZE_SIZES = [(1, 256, 128), (7, 192, 64), (33, 96, 32)]
-QUANTIZERS = [*IMPLEMENTATIONS, "triton_interpret"]
+QUANTIZERS = [*IMPLEMENTATIONS, INTERPRETED]
 
 
 @pytest.mark.parametrize("implementation", QUANTIZERS)

@@ -113,7 +113,7 @@ def default(problem: Problem) -> Config:
     """A configuration for any device: enough loads in flight for few tokens, tiles that fit registers for many."""
     if problem.tokens <= 16:
         warps = 8 if problem.num_groups >= 16 else 4
-        return FewTokensConfig(16, 8 if problem.tokens <= 8 else 16, warps, 1, prefetch=True)
+        return FewTokensConfig(16, 8 if problem.tokens <= 8 else 16, warps, 1, splits=1, prefetch="weights")
     if problem.tokens <= 64:
         return ManyTokensConfig(64, 64 if problem.tokens > 32 else 32, 4, 4)
     return ManyTokensConfig(64, 128, 4, 3)

@@ -23,6 +23,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.activations import QuantizedActivations
 from pallas_kernels.mixed_matmul.triton_tiles import (
+    Destination,
     Problem,
     Refs,
     clamp,
@@ -39,7 +40,7 @@ from pallas_kernels.triton_primitives import (
     int8_dot,
     loads_before,
     scale_magic,
-    subtract_zero_points,
+    unpack_codes,
 )
 
 
@@ -52,18 +53,33 @@ class FewTokensConfig:
         tokens: Tokens of a program: 8, or a multiple of 16.
         warps: Warps of a program, each of which takes every `warps`-th group.
         groups: Groups whose weights a warp loads at once.
-        prefetch: Whether to load the next step's weights before computing with this step's.
+        splits: Programs that share a tile, each with its own run of the groups. The last one to finish adds up.
+        prefetch: What to load for the next step before computing this one: "none", "weights", or "all" (activations
+            too, which are few and mostly in the cache, but cost registers).
     """
 
     rows: int
     tokens: int
     warps: int
     groups: int
-    prefetch: bool
+    splits: int
+    prefetch: str
 
     def rows_of(self, bits: int) -> int:
         """Channels of a program of this bit width."""
         return self.rows if bits == 4 else max(16, self.rows // 2)
+
+    def steps(self, problem: Problem) -> int:
+        """Steps of a program, in each of which every warp takes `groups` groups."""
+        return pl.cdiv(problem.num_groups, self.warps * self.groups * self.splits)
+
+    def tiles(self, problem: Problem) -> tuple[int, int, int]:
+        """Tiles of 8-bit channels, of 4-bit channels, and of tokens."""
+        return (
+            pl.cdiv(problem.n8, self.rows_of(8)),
+            pl.cdiv(problem.n4, self.rows),
+            pl.cdiv(problem.tokens, self.tokens),
+        )
 
 
 def mixed_matmul(
@@ -77,61 +93,160 @@ def mixed_matmul(
 ) -> jax.Array:
     """The mixed matmul in one launch; see `pallas_kernels.mixed_matmul`."""
     problem = problem_of(activations, weight)
-    tiles = pl.cdiv(problem.n8, config.rows_of(8)) + pl.cdiv(problem.n4, config.rows)
-    out = pl.pallas_call(
+    tiles8, tiles4, token_tiles = config.tiles(problem)
+    num_tiles = (tiles8 + tiles4) * token_tiles
+    out_shape = [jax.ShapeDtypeStruct((problem.tokens * problem.out_features,), out_dtype)]
+    inputs = [operands(activations, weight, bias)]
+    aliases = {}
+    if config.splits > 1:
+        counters = activations.counters
+        if counters is None or counters.shape[0] < num_tiles:
+            counters = jnp.zeros((num_tiles,), jnp.int32)
+        partial_sums = jax.ShapeDtypeStruct((num_tiles * config.splits * config.rows * config.tokens,), jnp.float32)
+        out_shape += [jax.ShapeDtypeStruct(counters.shape, jnp.int32), partial_sums]
+        inputs.append(counters)
+        aliases = {len(inputs[0]): 1}
+    out, *_ = pl.pallas_call(
         functools.partial(_few_tokens_kernel, problem=problem, config=config),
-        grid=(tiles, pl.cdiv(problem.tokens, config.tokens)),
-        out_shape=jax.ShapeDtypeStruct((problem.tokens * problem.out_features,), out_dtype),
+        grid=(tiles8 + tiles4, config.splits, token_tiles),
+        out_shape=out_shape,
+        input_output_aliases=aliases,
         compiler_params=plgpu.CompilerParams(num_warps=config.warps, num_stages=1),
         interpret=interpret,
         name="mixed_matmul_few_tokens",
-    )(operands(activations, weight, bias))
+    )(*inputs)
     return out.reshape(problem.tokens, problem.out_features)
 
 
-def _few_tokens_kernel(refs: Refs, out_ref: Any, *, problem: Problem, config: FewTokensConfig) -> None:
-    """One tile of channels of one bit width. The 8-bit tiles come first, since they take longest."""
+def _few_tokens_kernel(refs: Refs, *more_refs: Any, problem: Problem, config: FewTokensConfig) -> None:
+    """One tile of channels of one bit width. The 8-bit tiles come first, since they may take longer."""
     # Read here, since interpret mode does not know program ids inside a branch.
-    program, token0 = pl.program_id(0), pl.program_id(1) * config.tokens
-    tiles8 = pl.cdiv(problem.n8, config.rows_of(8))
+    program, split, token_tile = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    tiles8, tiles4, _ = config.tiles(problem)
+    out_ref = more_refs[1 if config.splits > 1 else 0]
+    tile_index = token_tile * (tiles8 + tiles4) + program
+    sums = _SharedSums(more_refs[2], more_refs[3], tile_index, split) if config.splits > 1 else None
+
+    def compute(bits: int) -> None:
+        row0 = (program if bits == 8 else program - tiles8) * config.rows_of(bits)
+        _compute_tile(refs, out_ref, sums, row0, token_tile * config.tokens, split, bits, problem, config)
+
     if problem.n8:
-        pl.when(program < tiles8)(lambda: _compute_tile(refs, out_ref, program, token0, 8, problem, config))
+        pl.when(program < tiles8)(lambda: compute(8))
     if problem.n4:
-        pl.when(program >= tiles8)(lambda: _compute_tile(refs, out_ref, program - tiles8, token0, 4, problem, config))
+        pl.when(program >= tiles8)(lambda: compute(4))
+
+
+@dataclasses.dataclass(frozen=True)
+class _SharedSums:
+    """Where the programs of one tile meet.
+
+    Attributes:
+        counters_ref: int32, one a tile: the programs that have stored their sums; starts at 0.
+        sums_ref: float32, the sums of every tile and split.
+        tile: Index of the tile.
+        split: Which of the tile's programs this is.
+    """
+
+    counters_ref: Any
+    sums_ref: Any
+    tile: jax.Array
+    split: jax.Array
 
 
 def _compute_tile(
     refs: Refs,
     out_ref: Any,
-    tile: jax.Array,
+    sums: _SharedSums | None,
+    row0: jax.Array,
     token0: jax.Array,
+    split: jax.Array,
     bits: int,
     problem: Problem,
     config: FewTokensConfig,
 ) -> None:
-    row0 = tile * config.rows_of(bits)
-    load = functools.partial(_load_weights, refs, row0, bits, problem, config)
-    compute = functools.partial(_compute_step, refs, token0, bits, problem, config)
     # Blocks of the instruction's size, each with its own loads: Triton keeps the small loads of scales in the layout
     # in which they are used only where they have fewer elements than the program has threads.
+    row_blocks, token_blocks = _blocks(config.rows_of(bits)), _blocks(config.tokens)
     block = (config.warps, 16, min(16, config.tokens))
-    totals = [[jnp.zeros(block, jnp.float32) for _ in _blocks(config.tokens)] for _ in _blocks(config.rows_of(bits))]
-    destinations = [load_destination(refs, problem, bits, row0 + row, 16) for row in _blocks(config.rows_of(bits))]
-    steps = pl.cdiv(problem.num_groups, config.warps * config.groups)
-    if config.prefetch and steps > 1:
+    totals = [[jnp.zeros(block, jnp.float32) for _ in token_blocks] for _ in row_blocks]
+    destinations = [load_destination(refs, problem, bits, row0 + row, 16) for row in row_blocks]
+    steps = config.steps(problem)
+    step0 = split * steps
 
-        def body(step: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-            weights, totals = carry
-            following = load(step + 1)
-            return following, compute(step, weights, totals)
+    def load_weights(step: jax.Array) -> Any:
+        return _load_weights(refs, row0, bits, problem, config, step)
 
-        weights, totals = jax.lax.fori_loop(0, steps - 1, body, (load(jnp.int32(0)), totals))
-        totals = compute(jnp.int32(steps - 1), weights, totals)
+    def load_activations(step: jax.Array) -> Any:
+        return [_load_activations(refs, token0, bits, problem, config, step, i) for i in range(config.groups)]
+
+    def body(step: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        loaded, totals = carry
+        if config.prefetch == "all":
+            following: Any = load_weights(step + 1), load_activations(step + 1)
+            loads_before(step)
+            weights, activations = loaded
+        elif config.prefetch == "weights":
+            following = load_weights(step + 1)
+            weights, activations = loaded, load_activations(loads_before(step))
+        else:
+            following = ()
+            weights, activations = load_weights(step), load_activations(loads_before(step))
+        return following, _compute_step(bits, problem, weights, activations, totals)
+
+    first: Any = ()
+    if config.prefetch == "all":
+        first = load_weights(step0), load_activations(step0)
+    elif config.prefetch == "weights":
+        first = load_weights(step0)
+    # The last step loads the groups past the end once more instead of leaving the loop: less code, and they are cached.
+    _, totals = jax.lax.fori_loop(step0, step0 + steps, body, (first, totals))
+    tiles = [[jnp.sum(total, axis=0) for total in row] for row in totals]
+    if sums is None:
+        _store(out_ref, tiles, destinations, problem, token0)
     else:
-        totals = jax.lax.fori_loop(0, steps, lambda step, totals: compute(step, load(step), totals), totals)
-    for destination, row_totals in zip(destinations, totals, strict=True):
-        for token, total in zip(_blocks(config.tokens), row_totals, strict=True):
-            store_tile(out_ref, jnp.sum(total, axis=0), destination, problem, token0 + token)
+        _store_shared(out_ref, sums, tiles, destinations, problem, config, token0)
+
+
+def _store(
+    out_ref: Any, tiles: list[list[jax.Array]], destinations: list[Destination], problem: Problem, token0: jax.Array
+) -> None:
+    for destination, row in zip(destinations, tiles, strict=True):
+        for index, tile in enumerate(row):
+            store_tile(out_ref, tile, destination, problem, token0 + 16 * index)
+
+
+def _store_shared(
+    out_ref: Any,
+    sums: _SharedSums,
+    tiles: list[list[jax.Array]],
+    destinations: list[Destination],
+    problem: Problem,
+    config: FewTokensConfig,
+    token0: jax.Array,
+) -> None:
+    """Store this program's sums; the last program of the tile adds all of them, always in the same order."""
+    size = config.rows * config.tokens
+
+    def place(split: jax.Array | int, row: int, column: int) -> jax.Array:
+        rows, tokens = tiles[row][column].shape
+        local = (row * 16 + iota(rows, 0, 2)) * config.tokens + column * 16 + iota(tokens, 1, 2)
+        return (sums.tile * config.splits + split) * size + local
+
+    for row, blocks in enumerate(tiles):
+        for column, tile in enumerate(blocks):
+            plgpu.store(sums.sums_ref.at[place(sums.split, row, column)], tile)
+    # The barrier orders the stores of all threads before the one that counts; the count is release and acquire.
+    finished = plgpu.atomic_add(sums.counters_ref, (sums.tile,), loads_before(jnp.int32(1)))
+
+    @pl.when(finished == config.splits - 1)
+    def _add() -> None:
+        def total(row: int, column: int) -> jax.Array:
+            places = [place(split, row, column) for split in range(config.splits)]
+            return functools.reduce(jnp.add, [plgpu.load(sums.sums_ref.at[p], volatile=True) for p in places])
+
+        added = [[total(row, column) for column in range(len(blocks))] for row, blocks in enumerate(tiles)]
+        _store(out_ref, added, destinations, problem, token0)
 
 
 def _blocks(size: int) -> range:
@@ -147,9 +262,11 @@ def _group_index(
     Groups past the end are read from the last one; their scale is set to 0.
     """
     group = (step * config.groups + index) * config.warps + iota(config.warps, axis, ndim)
-    if problem.num_groups % (config.warps * config.groups) == 0:
-        return group, None
-    return jnp.minimum(group, problem.num_groups - 1), group < problem.num_groups
+    ragged = config.steps(problem) * config.splits * config.warps * config.groups != problem.num_groups
+    exists = group < problem.num_groups if ragged else None
+    if ragged or config.prefetch != "none":  # prefetching goes one step too far
+        group = jnp.minimum(group, problem.num_groups - 1)
+    return group, exists
 
 
 def _load_weights(
@@ -172,8 +289,9 @@ def _load_weights(
                 plgpu.load(refs[f"codes{bits}"].at[first + part], eviction_policy="evict_first")
                 for part in range(0, stride, width)
             ]
-            zero_point = plgpu.load(refs["zero_points4"].at[group4 * channels + row4]) if bits == 4 else None
-            blocks.append((codes, zero_point, plgpu.load(refs[f"scales{bits}"].at[group3 * channels + row3])))
+            of_row = group3 * channels + row3
+            zero_point = plgpu.load(refs["zero_points4"].at[of_row]) if bits == 4 else None
+            blocks.append((codes, zero_point, plgpu.load(refs[f"scales{bits}"].at[of_row])))
         loaded.append(blocks)
     return loaded
 
@@ -209,38 +327,35 @@ def _is_short(bits: int, group_size: int) -> bool:
     return bits == 4 and group_size == 32
 
 
-def _compute_step(
-    refs: Refs,
-    token0: jax.Array,
-    bits: int,
-    problem: Problem,
-    config: FewTokensConfig,
-    step: jax.Array,
-    weights: list[list[tuple[Any, ...]]],
-    totals: Any,
-) -> Any:
+def _compute_step(bits: int, problem: Problem, weights: Any, activations: Any, totals: Any) -> Any:
     """Add one step to the warps' sums, float32 `[warps, 16, tokens]` for each block."""
     totals = [list(row) for row in totals]
-    step = loads_before(step)
-    for index, blocks in enumerate(weights):
-        activations = _load_activations(refs, token0, bits, problem, config, step, index)
-        for row, (codes, zero_point, scale) in enumerate(blocks):
-            parts = _weight_parts(codes, zero_point, _is_short(bits, problem.group_size))
-            for token, (columns, column_scale) in enumerate(activations):
-                accumulator = jnp.full(totals[row][token].shape, MAGIC_BITS, jnp.int32)
-                for part, column in zip(parts, columns, strict=True):
-                    accumulator = accumulator + int8_dot(part, column)
+    for row_blocks, token_blocks in zip(weights, activations, strict=True):
+        for index, (columns, column_scale) in enumerate(token_blocks):
+            block = totals[0][index].shape
+            if bits == 4:
+                # The tensor cores also add up the activations of each token, for the zero points.
+                ones = jnp.ones((block[0], 16, columns[0].shape[1]), jnp.int8)
+                activation_sums = sum(int8_dot(ones, part) for part in columns)
+            for row, (codes, zero_point, scale) in enumerate(row_blocks):
+                accumulator = jnp.full(block, MAGIC_BITS, jnp.int32)
+                if bits == 4:
+                    accumulator = accumulator - zero_point.astype(jnp.int32) * activation_sums
+                parts = _weight_parts(codes, bits, problem.group_size)
+                # Added to the dots, and not the dots to it: they need not wait for the activation sums.
+                dots = sum(int8_dot(part, column) for part, column in zip(parts, columns, strict=True))
+                accumulator = dots + accumulator
                 scaled = scale_magic(accumulator, scale.astype(jnp.float32))
-                totals[row][token] = fma(scaled, column_scale, totals[row][token])
+                totals[row][index] = fma(scaled, column_scale, totals[row][index])
     return totals
 
 
-def _weight_parts(codes: list[jax.Array], zero_point: jax.Array | None, short: bool) -> list[jax.Array]:
-    """int8 weights of 16 rows and one group, `[warps, 16, k]` for each part of the group."""
-    if zero_point is None:
+def _weight_parts(codes: list[jax.Array], bits: int, group_size: int) -> list[jax.Array]:
+    """int8 codes of 16 rows and one group, `[warps, 16, k]` for each part of the group."""
+    if bits == 8:
         return [_fragments(part) for part in codes]
-    low, high = subtract_zero_points(codes[0], jnp.broadcast_to(zero_point, codes[0].shape))
-    return [_join_halves(low, high)] if short else [_fragments(low), _fragments(high)]
+    low, high = unpack_codes(codes[0])
+    return [_join_halves(low, high)] if _is_short(bits, group_size) else [_fragments(low), _fragments(high)]
 
 
 def _fragments(x: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.activations import QuantizedActivations
-from pallas_kernels.triton_common import quantize_groups, refuses_triton
+from pallas_kernels.triton_common import clear_counters, counters_shape, quantize_groups, refuses_triton
 
 LoadGroups = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
 """Takes the input, the tokens, the offsets within a token and a mask; gives float32 `[groups, group_size]`."""
@@ -35,7 +35,7 @@ def quantize_loaded(
     tokens = x.shape[0]
     count = tokens * (features // group_size)
     run = 4 if count <= 4096 else 32
-    codes, scales = pl.pallas_call(
+    codes, scales, *counters = pl.pallas_call(
         functools.partial(
             _quantize_kernel, load_groups=load_groups, tokens=tokens, features=features, group_size=group_size, run=run
         ),
@@ -43,19 +43,20 @@ def quantize_loaded(
         out_shape=(
             jax.ShapeDtypeStruct((tokens * features,), jnp.int8),
             jax.ShapeDtypeStruct((count,), jnp.float32),
+            *counters_shape(tokens),
         ),
         compiler_params=plgpu.CompilerParams(num_warps=2 if run == 4 else 4, num_stages=1),
         interpret=interpret,
         name=name,
     )(x.reshape(-1))
-    return QuantizedActivations(codes.reshape(tokens, features), scales.reshape(-1, tokens), group_size)
+    return QuantizedActivations(codes.reshape(tokens, features), scales.reshape(-1, tokens), group_size, *counters)
 
 
 def _quantize_kernel(
     x_ref: Any,
     codes_ref: Any,
     scales_ref: Any,
-    *,
+    *counters_refs: Any,
     load_groups: LoadGroups,
     tokens: int,
     features: int,
@@ -63,6 +64,7 @@ def _quantize_kernel(
     run: int,
 ) -> None:
     num_groups = features // group_size
+    clear_counters(counters_refs, pl.program_id(0) == 0)
     index = pl.program_id(0) * run + jax.lax.broadcasted_iota(jnp.int32, (run, 1), 0)
     column = jax.lax.broadcasted_iota(jnp.int32, (1, group_size), 1)
     valid = index < tokens * num_groups

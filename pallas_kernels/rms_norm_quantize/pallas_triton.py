@@ -11,7 +11,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.activations import QuantizedActivations
-from pallas_kernels.triton_common import next_power_of_2, quantize_groups, refuses_triton
+from pallas_kernels.triton_common import (
+    clear_counters,
+    counters_shape,
+    next_power_of_2,
+    quantize_groups,
+    refuses_triton,
+)
 
 MAX_FEATURES = 2**16
 """Longest row: 64 elements for each of 1024 threads."""
@@ -33,6 +39,8 @@ def rms_norm_quantize(
         "codes": jax.ShapeDtypeStruct((tokens * features,), jnp.int8),
         "scales": jax.ShapeDtypeStruct((tokens * features // group_size,), jnp.float32),
     }
+    if counters := counters_shape(tokens):
+        [out_shape["counters"]] = counters
     if residual is not None:
         inputs["residual"] = residual.reshape(-1)
         out_shape["total"] = jax.ShapeDtypeStruct((tokens * features,), x.dtype)
@@ -47,7 +55,7 @@ def rms_norm_quantize(
         name="rms_norm_quantize",
     )(inputs)
     quantized = QuantizedActivations(
-        out["codes"].reshape(tokens, features), out["scales"].reshape(-1, tokens), group_size
+        out["codes"].reshape(tokens, features), out["scales"].reshape(-1, tokens), group_size, out.get("counters")
     )
     return quantized, x if residual is None else out["total"].reshape(tokens, features)
 
@@ -64,6 +72,7 @@ def _rms_norm_quantize_kernel(
     num_groups = features // group_size
     padded = next_power_of_2(num_groups)
     token = pl.program_id(0)
+    clear_counters([out_refs["counters"]] if "counters" in out_refs else [], token == 0)
     group = jax.lax.broadcasted_iota(jnp.int32, (padded, 1), 0)
     column = group * group_size + jax.lax.broadcasted_iota(jnp.int32, (1, group_size), 1)
     valid = group < num_groups
