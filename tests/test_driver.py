@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -279,6 +280,15 @@ def test_full_disk_says_so_and_the_same_command_goes_on(float_model, tokens, qua
     monkeypatch.undo()
     run(float_model, tmp_path / "full", tokens, scheme())
     assert files_of(tmp_path / "full") == files_of(quantized)
+
+
+def test_too_small_a_disk_is_found_before_the_work_starts(float_model, tokens, tmp_path, monkeypatch) -> None:
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(MixLLMError, match=r"0\.0 GB of disk .*--samples"):
+        run(float_model, tmp_path / "out", tokens, scheme())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_settings_are_in_the_folder(quantized) -> None:

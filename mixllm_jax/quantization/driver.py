@@ -1,11 +1,14 @@
 """Quantises a model folder into another: scores, allocates, sweeps, block by block, and resumes where it was killed."""
 
+import math
+import shutil
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from mixllm_jax.checkpoint import METADATA_FILE, CheckpointReader, CheckpointWriter
-from mixllm_jax.errors import CheckpointError, OptionError
+from mixllm_jax.errors import CheckpointError, OptionError, StorageError
 from mixllm_jax.quantization.allocation import allocate, split_by_linear
 from mixllm_jax.quantization.progress import Progress
 from mixllm_jax.quantization.report import QuantizationReport, make_report, model_segments
@@ -47,6 +50,7 @@ def quantize_checkpoint(
     Raises:
         CheckpointError: ``reader`` is not a float model, or the output folder exists.
         OptionError: salience of another model, tokens outside the vocabulary, or missing though needed.
+        StorageError: the disk has no room for the work folder.
         MixLLMError: activations or the loss are not finite.
     """
     if reader.kind != "float":
@@ -73,6 +77,8 @@ def quantize_checkpoint(
     }
     must_score = scheme.needs_salience and salience is None
     work = sweep_cost(config.num_layers, scheme.method) + (scoring_cost(config.num_layers) if must_score else 0)
+    if must_score:
+        _check_disk_space(Path(out_dir), model)
     with (
         CheckpointWriter(out_dir, metadata, overwrite, resume=True) as writer,
         Progress(work, show=show_progress) as progress,
@@ -94,6 +100,20 @@ def quantize_checkpoint(
         report = make_report(config, eight_bit, scheme.group_size)
         writer.finish({"quantization_report": report.to_dict()})
     return report
+
+
+def _check_disk_space(out_dir: Path, model: StreamedModel) -> None:
+    """The forward pass stores the residual stream before every block; better to know now that it will not fit."""
+    folder = next(parent for parent in out_dir.absolute().parents if parent.exists())
+    needed = (model.config.num_layers + 1) * math.prod(model.hidden_shape()) * jnp.dtype(model.runtime.dtype).itemsize
+    partial = out_dir.absolute().with_name(f".{out_dir.name}.partial")
+    free = shutil.disk_usage(folder).free
+    if free < needed and not partial.exists():  # an unfinished run holds some of it already
+        raise StorageError(
+            f"{folder}: the activations of {len(model.tokens)} calibration sequences at all blocks need "
+            f"{needed / 1e9:.1f} GB of disk while the salience is computed, {free / 1e9:.1f} GB are free. Free some "
+            "space, choose an --out on another disk, or fewer or shorter sequences (--samples, --sequence-length)"
+        )
 
 
 def _checked_tokens(tokens: np.ndarray | None, scheme: QuantizationScheme, vocab_size: int) -> np.ndarray:
