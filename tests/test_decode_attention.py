@@ -125,8 +125,13 @@ def check(
     keys, values = after.read(jnp.float32)
     heads, kv_heads = case.heads, case.kv_heads
     for row, position in enumerate(case.positions):
-        new_value = cache.as_stored(qkv[row, heads + kv_heads :].astype(jnp.float32))
-        np.testing.assert_allclose(values[row, position], new_value, rtol=1e-6, atol=1e-6)
+        new_value = np.asarray(qkv[row, heads + kv_heads :].astype(jnp.float32))
+        expected_value = np.asarray(cache.as_stored(jnp.asarray(new_value)))
+        # A code that lies between two may be rounded either way.
+        code = np.max(np.abs(new_value), axis=-1, keepdims=True) / 127 if cache.quantized else 0.0
+        difference = np.abs(np.asarray(values[row, position]) - expected_value)
+        assert np.all(difference <= 1.001 * code + 1e-6)
+        assert np.mean(difference > 1e-5) <= 0.02
         norm = np.linalg.norm(np.asarray(qkv[row, heads : heads + kv_heads].astype(jnp.float32)))
         np.testing.assert_allclose(np.linalg.norm(np.asarray(keys[row, position])), norm, rtol=2e-2)
     others = np.arange(case.max_length)[None, :] != np.asarray(case.positions)[:, None]

@@ -17,7 +17,7 @@ _KINDS = (
     ("quantize, norm, activation", ("quantize", "norm", "swiglu")),
 )
 """Kinds of kernels, by parts of their names; the first that fits counts."""
-_GRAPH_LAUNCHES = ("cuGraphLaunch", "cudaGraphLaunch")
+_GRAPH_LAUNCHES = ("cuGraphLaunch", "cudaGraphLaunch", "GraphLaunch")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,9 @@ def run_plans(plans: Sequence[Plan], results: Results, *, transformers_batches: 
     failures = 0
     for plan in plans:
         print(f"{plan.model} {plan.scheme}", file=sys.stderr)
-        failures += _run(["-m", "mixllm_jax.benchmark.worker", plan.to_json()], results)
+        # XLA would launch kernel by kernel while it profiles, and show gaps that are not there otherwise.
+        flags = "--xla_enable_command_buffers_during_profiling=true" if plan.profile else ""
+        failures += _run(["-m", "mixllm_jax.benchmark.worker", plan.to_json()], results, flags)
     if transformers_batches:
         print("transformers bf16", file=sys.stderr)
         settings = {"model": plans[0].model, "batches": list(transformers_batches)}
@@ -39,9 +41,10 @@ def run_plans(plans: Sequence[Plan], results: Results, *, transformers_batches: 
     return failures
 
 
-def _run(arguments: list[str], results: Results) -> bool:
+def _run(arguments: list[str], results: Results, xla_flags: str = "") -> bool:
     # Nearly all of the memory: 70 billion parameters need it. JAX takes three quarters by default.
     environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.93"} | os.environ
+    environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {xla_flags}".strip()
     with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         for line in process.stdout:

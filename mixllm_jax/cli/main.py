@@ -29,7 +29,7 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mixllm", description="Mixed 4/8-bit quantization of language models in JAX (MixLLM, arXiv 2412.14590)."
     )
-    parser.add_argument("--version", action="version", version=f"mixllm {importlib.metadata.version('mixllm-jax')}")
+    parser.add_argument("--version", action="version", version=f"mixllm {_version()}")
     subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, (module, help_text) in VERBS.items():
         subparser = subparsers.add_parser(
@@ -42,13 +42,24 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def _version() -> str:
+    try:
+        return importlib.metadata.version("mixllm-jax")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "(not installed)"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the `mixllm` command; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    return run_command(functools.partial(_run_verb, words))
+
+
+def _run_verb(words: list[str]) -> None:
     keep_compiled_programs()
-    verb = argv[0] if argv and argv[0] in VERBS else None
-    arguments = build_parser(verb).parse_args(argv)
-    return run_command(functools.partial(arguments.run, arguments))
+    verb = words[0] if words and words[0] in VERBS else None
+    arguments = build_parser(verb).parse_args(words)
+    arguments.run(arguments)
 
 
 if __name__ == "__main__":

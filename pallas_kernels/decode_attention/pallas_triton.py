@@ -14,6 +14,7 @@ i + head_dim / 2: half-size dots need no concatenation.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -26,6 +27,7 @@ from pallas_kernels import registry
 from pallas_kernels.activations import QuantizedActivations
 from pallas_kernels.kv_cache import LayerCache
 from pallas_kernels.quantize_activations import pallas_triton as quantize_triton
+from pallas_kernels.triton_common import clear_counters, counters_shape
 from pallas_kernels.triton_primitives import round_to_int8
 
 _MASKED = -1e30
@@ -221,8 +223,7 @@ def _store_new(
         absmax = jnp.maximum(jnp.max(jnp.abs(first)), jnp.max(jnp.abs(second)))
         scale = absmax / 127.0
         inverse = jnp.where(scale > 0, 1.0 / scale, 0.0)
-        # Triton has no rounding half to even; exact ties are rare and either code is as good.
-        first, second = (jnp.floor(half * inverse + 0.5) for half in (first, second))
+        first, second = (round_to_int8(half * inverse).astype(jnp.float32) for half in (first, second))
         plgpu.store(refs[f"new_{name}_scales"].at[row, kv_head, position], scale, mask=store)
     for offset, half in ((0, first), (half_dim, second)):
         plgpu.store(out.at[row, position, kv_head, offset + channel], half.astype(out.dtype), mask=mask)
@@ -232,7 +233,15 @@ def _store_new(
 
 
 def _combine_kernel(
-    partial: Any, maxima: Any, totals: Any, out: Any, scales: Any, *, splits: int, group: int, groups: int
+    partial: Any,
+    maxima: Any,
+    totals: Any,
+    out: Any,
+    scales: Any = None,
+    *counters: Any,
+    splits: int,
+    group: int,
+    groups: int,
 ) -> None:
     """Weighs the splits by their share of the softmax; grid (channels / (group * groups), batch).
 
@@ -240,6 +249,7 @@ def _combine_kernel(
     out, each with a scale of its own.
     """
     first, row = pl.program_id(0) * groups, pl.program_id(1)
+    clear_counters(counters, (first == 0) & (row == 0))
     head_dim = partial.shape[-1]
     index = jnp.arange(_next_power_of_two(groups))
     member = jnp.arange(_next_power_of_two(group))
@@ -276,18 +286,18 @@ def _combine(
     out = jax.ShapeDtypeStruct((batch, channels), jnp.int8 if group_size else dtype)
     scales = jax.ShapeDtypeStruct((channels // group, batch), jnp.float32)
 
-    def kernel(*refs: Any) -> None:
-        _combine_kernel(*refs, *(() if group_size else (None,)), splits=splits, group=group, groups=groups)
-
     results = pl.pallas_call(
-        kernel,
-        out_shape=(out, scales) if group_size else (out,),
+        functools.partial(_combine_kernel, splits=splits, group=group, groups=groups),
+        out_shape=(out, scales, *counters_shape(batch)) if group_size else (out,),
         grid=(channels // (group * groups), batch),
         compiler_params=plgpu.CompilerParams(num_warps=4),
         interpret=interpret,
         name="decode_attention_combine",
     )(partial, maxima, totals)
-    return QuantizedActivations(results[0], results[1], group_size) if group_size else results[0]
+    if not group_size:
+        return results[0]
+    codes, activation_scales, *counters = results
+    return QuantizedActivations(codes, activation_scales, group_size, *counters)
 
 
 def decode_attention(
