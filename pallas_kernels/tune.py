@@ -39,21 +39,19 @@ _UP_TO_8_TOKENS = (
     FewTokensConfig(16, 8, 4, 2, 1, "weights"),
     FewTokensConfig(16, 8, 4, 1, 1, "weights"),
     FewTokensConfig(32, 8, 2, 1, 1, "none"),
+    FewTokensConfig(32, 8, 2, 1, 1, "weights"),
     FewTokensConfig(32, 8, 4, 1, 1, "weights"),
-    FewTokensConfig(32, 8, 2, 1, 6, "none"),
 )
 _UP_TO_32_TOKENS = (
     FewTokensConfig(16, 16, 8, 1, 1, "none"),
     FewTokensConfig(16, 16, 8, 1, 1, "weights"),
-    FewTokensConfig(16, 16, 4, 1, 1, "all"),
+    FewTokensConfig(16, 16, 4, 1, 1, "weights"),
     FewTokensConfig(32, 16, 2, 1, 1, "weights"),
+    FewTokensConfig(32, 16, 2, 1, 4, "none"),
     FewTokensConfig(32, 16, 4, 1, 2, "all"),
     FewTokensConfig(32, 16, 4, 1, 3, "all"),
-    FewTokensConfig(32, 16, 4, 1, 3, "weights"),
     FewTokensConfig(64, 16, 2, 1, 1, "none"),
     FewTokensConfig(64, 16, 2, 1, 1, "weights"),
-    FewTokensConfig(64, 16, 2, 1, 6, "weights"),
-    FewTokensConfig(64, 16, 4, 1, 3, "all"),
 )
 
 
