@@ -1,4 +1,4 @@
-"""Which Triton kernel and which tile sizes to use: tuned tables by device kind, and a rule where there is none.
+"""Which kernel and which tile sizes to use: tuned tables by device kind, and rules where there is none.
 
 `python -m pallas_kernels.tune` writes a table; a call uses the entry of the nearest tuned case.
 """
@@ -13,6 +13,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_config
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MosaicGpuConfig
 from pallas_kernels.mixed_matmul.triton_few_tokens import FewTokensConfig
 from pallas_kernels.mixed_matmul.triton_many_tokens import ManyTokensConfig
 from pallas_kernels.mixed_matmul.triton_tiles import Problem
@@ -20,12 +22,18 @@ from pallas_kernels.mixed_matmul.triton_tiles import Problem
 TABLE_DIR = Path(__file__).parent / "tuned"
 
 Config = FewTokensConfig | ManyTokensConfig
-_KERNELS: dict[str, type[Any]] = {"few_tokens": FewTokensConfig, "many_tokens": ManyTokensConfig}
+"""Settings of a Triton kernel."""
+
+_KERNELS: dict[str, type[Any]] = {
+    "few_tokens": FewTokensConfig,
+    "many_tokens": ManyTokensConfig,
+    "mosaic_gpu": MosaicGpuConfig,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """The fastest configuration of one tuned case.
+    """The fastest configuration of one implementation for one tuned case.
 
     Attributes:
         tokens: M of the case.
@@ -42,13 +50,18 @@ class Entry:
     k: int
     group_size: int
     share_8bit: float
-    config: Config
+    config: Config | MosaicGpuConfig
     microseconds: float
 
     @property
     def case(self) -> tuple[int, int, int, int, float]:
         """What the configuration was tuned for."""
         return self.tokens, self.n, self.k, self.group_size, self.share_8bit
+
+    @property
+    def implementation(self) -> str:
+        """Name in the registry of the implementation that the configuration is for."""
+        return "mosaic_gpu" if isinstance(self.config, MosaicGpuConfig) else "triton"
 
     def to_json(self) -> dict[str, Any]:
         """As in a table file."""
@@ -78,9 +91,11 @@ def read_table(device_kind: str) -> tuple[Entry, ...]:
 
 
 def write_table(device_kind: str, entries: list[Entry], versions: dict[str, str]) -> Path:
-    """Write a table, replacing entries of the same cases in an existing one."""
-    by_case = {entry.case: entry for entry in (*read_table(device_kind), *entries)}
-    rows = sorted(by_case.values(), key=lambda entry: (entry.n, entry.k, entry.share_8bit, entry.tokens))
+    """Write a table, replacing entries of the same cases and implementations in an existing one."""
+    by_case = {(entry.case, entry.implementation): entry for entry in (*read_table(device_kind), *entries)}
+    rows = sorted(
+        by_case.values(), key=lambda entry: (entry.n, entry.k, entry.share_8bit, entry.tokens, entry.implementation)
+    )
     path = table_path(device_kind)
     path.parent.mkdir(exist_ok=True)
     partial = path.with_suffix(".partial")
@@ -92,12 +107,36 @@ def write_table(device_kind: str, entries: list[Entry], versions: dict[str, str]
     return path
 
 
-def choose(problem: Problem, device_kind: str) -> Config:
-    """The configuration of the nearest tuned case, or what the rule gives on a device without a table."""
-    entries = [entry for entry in read_table(device_kind) if entry.group_size == problem.group_size]
-    if not entries:
-        return default(problem)
-    return min(entries, key=functools.partial(_distance, problem)).config
+def choose(problem: Problem, device_kind: str, implementation: str = "triton") -> Any:
+    """The implementation's configuration of the nearest tuned case, or what its rule gives where there is no table."""
+    entry = _nearest(problem, device_kind, implementation)
+    if entry is not None:
+        return entry.config
+    return pallas_mosaic_gpu_config.default(problem) if implementation == "mosaic_gpu" else default(problem)
+
+
+def by_speed(problem: Problem, device_kind: str) -> tuple[str, str]:
+    """The GPU implementations, the one that should be faster first.
+
+    Where both were tuned for the nearest case, their measured times decide; otherwise Mosaic GPU comes first from 9
+    tokens on, where its dots of 64 channels have enough tokens to work on.
+    """
+    mosaic, triton = (_nearest(problem, device_kind, name) for name in ("mosaic_gpu", "triton"))
+    if mosaic is not None and triton is not None and mosaic.case == triton.case:
+        mosaic_first = mosaic.microseconds < triton.microseconds
+    else:
+        mosaic_first = problem.tokens > 8
+    return ("mosaic_gpu", "triton") if mosaic_first else ("triton", "mosaic_gpu")
+
+
+def _nearest(problem: Problem, device_kind: str, implementation: str) -> Entry | None:
+    """The nearest tuned case of an implementation, or None on a device without a table."""
+    entries = [
+        entry
+        for entry in read_table(device_kind)
+        if entry.group_size == problem.group_size and entry.implementation == implementation
+    ]
+    return min(entries, key=functools.partial(_distance, problem), default=None)
 
 
 def _distance(problem: Problem, entry: Entry) -> tuple[float, float]:
@@ -110,8 +149,8 @@ def _distance(problem: Problem, entry: Entry) -> tuple[float, float]:
 
 
 def default(problem: Problem) -> Config:
-    """A configuration for any device: enough loads in flight for few tokens, tiles that fit registers for many."""
-    if problem.tokens <= 16:
+    """A Triton configuration for any device: loads in flight for few tokens, tiles that fit registers for many."""
+    if problem.tokens <= 32:
         warps = 8 if problem.num_groups >= 16 else 4
         return FewTokensConfig(16, 8 if problem.tokens <= 8 else 16, warps, 1, splits=1, prefetch="weights")
     if problem.tokens <= 64:

@@ -1,0 +1,66 @@
+"""Mosaic GPU implementation of the mixed matmul, for Hopper GPUs: picks the settings and launches the kernel."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import registry
+from pallas_kernels.activations import QuantizedActivations
+from pallas_kernels.mixed_matmul import configs
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MULTIPROCESSORS, MosaicGpuConfig
+from pallas_kernels.mixed_matmul.triton_tiles import problem_of
+from pallas_kernels.packing import GROUP_SIZES, PackedWeight
+
+MAX_ELEMENTS = 2**31
+"""The copy engine and the kernel count elements in 32-bit integers."""
+
+
+def mixed_matmul(
+    activations: QuantizedActivations,
+    weight: PackedWeight,
+    bias: jax.Array | None,
+    *,
+    out_dtype: jax.typing.DTypeLike,
+    config: MosaicGpuConfig | None = None,
+) -> jax.Array:
+    """The mixed matmul in one launch; `config` overrides the tuned choice."""
+    from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_kernel import launch  # imports slowly, and not everywhere
+
+    if config is None:
+        config = configs.choose(problem_of(activations, weight), registry.device_kind(), "mosaic_gpu")
+    return launch(activations, weight, bias, jnp.dtype(out_dtype), config, _multiprocessors())
+
+
+def refuses(
+    activations: QuantizedActivations,
+    weight: PackedWeight,
+    bias: jax.Array | None,
+    *,
+    out_dtype: jax.typing.DTypeLike,
+    **settings: object,
+) -> str | None:
+    """Why the kernel cannot run, or None."""
+    if jax.__version_info__ < (0, 11):
+        return f"it needs JAX 0.11 or later, this is {jax.__version__}"
+    capability = registry.compute_capability()
+    if registry.default_platform() != "gpu" or capability is None:
+        return f"it needs an NVIDIA GPU, and JAX's default device is a {registry.default_platform()}"
+    if capability != (9, 0):
+        return f"it is written for Hopper GPUs (compute capability 9.0), this GPU has {capability}"
+    if 0 in (activations.tokens, weight.out_features):
+        return "there is nothing to compute"
+    if weight.group_size not in GROUP_SIZES:
+        return f"it takes groups of {GROUP_SIZES}, not {weight.group_size}"
+    elements = max(activations.tokens, weight.out_features) * max(weight.in_features, weight.out_features)
+    if elements >= MAX_ELEMENTS:
+        return f"it addresses arrays of fewer than {MAX_ELEMENTS} elements, and one here may have {elements}"
+    return None
+
+
+@functools.cache
+def _multiprocessors() -> int:
+    """Of the default device; off the GPU, where the kernel can only be lowered, of an H100."""
+    return int(getattr(jax.devices()[0], "core_count", 0) or MULTIPROCESSORS)

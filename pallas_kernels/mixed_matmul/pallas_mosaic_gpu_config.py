@@ -1,0 +1,90 @@
+"""Static settings of the Mosaic GPU matmul, and a rule that picks them for shapes that no table knows."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pallas_kernels.mixed_matmul.triton_tiles import Problem
+
+CHANNELS_PER_WARPGROUP = 64
+"""Rows of one `wgmma`: the output channels of a tile that one warpgroup computes."""
+
+MULTIPROCESSORS = 132
+"""Of an H100 SXM, for the rule; the launch asks the device."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MosaicGpuConfig:
+    """Static settings of the kernel.
+
+    Attributes:
+        tile_tokens: Tokens of a tile, a multiple of 8 * parts, up to 128.
+        compute_warpgroups: Warpgroups that compute, each 64 channels of the tile: 1 or 2.
+        stages: Ring slots in shared memory, one group each; rounded down to whole blocks of `unroll` groups.
+        unroll: Groups of a block, between whose dots there is no gap; the largest divisor of the number of groups that
+            does not exceed it is used.
+        parts: Dots a warpgroup keeps in flight, each over an equal part of the tile's tokens: while one runs, the
+            result of another is scaled.
+        band: Token tiles of a band; the tiles of a band that share channels are visited one after another.
+    """
+
+    tile_tokens: int = 128
+    compute_warpgroups: int = 2
+    stages: int = 6
+    unroll: int = 2
+    parts: int = 2
+    band: int = 8
+
+    def __post_init__(self) -> None:
+        """Check what the kernel takes for granted."""
+        if self.tile_tokens % (8 * self.parts) or not 8 <= self.tile_tokens <= 128:
+            raise ValueError(f"tile_tokens must be a multiple of 8 * parts up to 128, found {self}")
+        if self.compute_warpgroups not in (1, 2):
+            raise ValueError(f"compute_warpgroups must be 1 or 2, since each needs most of the registers; found {self}")
+
+    def fitted(self, tokens: int) -> MosaicGpuConfig:
+        """These settings without a part that no token ever reaches.
+
+        The assembler removes the dots of such a part, whose results nobody stores, but still counts them where a wait
+        leaves dots in flight: the wait would end too early.
+        """
+        if tokens > self.tile_tokens * (self.parts - 1) // self.parts:
+            return self
+        return dataclasses.replace(self, tile_tokens=math.ceil(tokens / 8) * 8, parts=1)
+
+    @property
+    def tile_channels(self) -> int:
+        """Output channels of a tile."""
+        return self.compute_warpgroups * CHANNELS_PER_WARPGROUP
+
+
+def default(problem: Problem) -> MosaicGpuConfig:
+    """What the tuned cases have in common: narrow tiles where there are too few to keep all multiprocessors busy."""
+
+    def tiles(channels: int, tokens: int) -> int:
+        return math.ceil(problem.out_features / channels) * math.ceil(problem.tokens / tokens)
+
+    if problem.tokens <= 64:
+        tile_tokens = next(size for size in (8, 16, 32, 64) if problem.tokens <= size)
+        if tiles(128, tile_tokens) <= MULTIPROCESSORS:
+            return MosaicGpuConfig(tile_tokens, 1, 12 if tile_tokens == 64 else 16, 4, parts=1)
+        return MosaicGpuConfig(tile_tokens, 2, 8, 4, parts=1)
+    if tiles(128, 128) <= MULTIPROCESSORS * 3 // 4:
+        return MosaicGpuConfig(64, 2, 8, 4, parts=1)
+    return MosaicGpuConfig()
+
+
+def candidates(tokens: int) -> list[MosaicGpuConfig]:
+    """The configurations worth trying for a number of tokens."""
+    if tokens <= 64:
+        sizes = [size for size in (8, 16, 32, 64) if tokens <= 2 * size and (size < 2 * tokens or size == 8)]
+        return [
+            MosaicGpuConfig(size, warpgroups, stages, 4, parts=1)
+            for size in sizes
+            for warpgroups, stages in ((1, 12 if size == 64 else 16), (2, 8))
+        ]
+    many = [MosaicGpuConfig(), MosaicGpuConfig(band=4), MosaicGpuConfig(stages=4, unroll=4)]
+    return [*many, MosaicGpuConfig(64, 2, 8, 4, parts=1), MosaicGpuConfig(64, 2, 8, 4)]

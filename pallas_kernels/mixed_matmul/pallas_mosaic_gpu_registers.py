@@ -1,0 +1,318 @@
+"""Register-level parts of the Hopper kernel: unpack, dot, scale one group; scatter a finished tile.
+
+Each function here is the body of a `plgpu.inline_mgpu` call: it emits code for the 128 threads of one warpgroup. The
+accumulator fragment of a `wgmma` of 64 channels x `tokens` places, in thread (warp w, lane l) of the warpgroup, channel
+16 w + l // 4 + 8 h and token 8 j + 2 (l % 4) + p, for h, p in 0..1 and j in 0..tokens // 8; registers are ordered
+(j, h, p).
+"""
+
+# mypy: disable-error-code="arg-type,call-arg,attr-defined"
+# The stubs of MLIR's Python bindings know only the raw builders, not the conveniences around them.
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import math as mlir_math
+
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import CHANNELS_PER_WARPGROUP
+
+MAGIC_BITS = 0x4B400000
+"""Bits of the float 12582912 = 1.5 * 2**23: an int32 accumulator that starts here holds, after an integer dot d with
+|d| < 2**22, the bits of the float 12582912 + d."""
+
+MAGIC = 12582912.0
+
+ACCUMULATOR_LAYOUT = fa.WGMMA_LAYOUT_ACC_32BIT
+
+
+def _i32(value: int) -> ir.Value:
+    return arith.constant(ir.IntegerType.get_signless(32), value - (1 << 32) if value >= 1 << 31 else value)
+
+
+def _f32(value: float) -> ir.Value:
+    return arith.constant(ir.F32Type.get(), value)
+
+
+def _load(ref: ir.Value, index: ir.Value, dtype: ir.Type, lanes: int = 1) -> ir.Value:
+    """One load of `lanes` neighbouring elements of a 1-d reference."""
+    pointer = utils.getelementptr(utils.memref_ptr(ref), [index], dtype)
+    if lanes == 1:
+        return llvm.load(dtype, pointer)
+    return llvm.load(ir.VectorType.get((lanes,), dtype), pointer, alignment=lanes * utils.bytewidth(dtype))
+
+
+def _lane_position() -> tuple[ir.Value, ir.Value]:
+    """Channel within the warpgroup's 64 (the h = 0 one) and first token within each 8 of this thread's fragment."""
+    thread = utils.thread_idx()
+    lane = arith.andi(thread, _i32(31))
+    warp = arith.andi(arith.shrui(thread, _i32(5)), _i32(3))
+    channel = arith.addi(arith.muli(warp, _i32(16)), arith.shrui(lane, _i32(2)))
+    return channel, arith.muli(arith.andi(lane, _i32(3)), _i32(2))
+
+
+def as_tiles(ref: ir.Value) -> ir.Value:
+    """View `[rows, columns]` as the `[rows // 8, 1, 8, columns]` that Mosaic GPU takes for a swizzled operand."""
+    rows = ir.MemRefType(ref.type).shape[0]
+    return mgpu.memref_unsqueeze(mgpu.memref_unfold(ref, 0, (rows // 8, 8)), 1)
+
+
+def zero_total(tokens: int) -> fa.FragmentedArray:
+    """Float32 accumulator `[64, tokens]` of zeros."""
+    return fa.FragmentedArray.splat(_f32(0.0), (CHANNELS_PER_WARPGROUP, tokens), ACCUMULATOR_LAYOUT)
+
+
+def _registers_as_i32(array: fa.FragmentedArray) -> np.ndarray:
+    i32 = ir.IntegerType.get_signless(32)
+    words = np.empty(array.registers.shape, dtype=object)
+    for index, register in np.ndenumerate(array.registers):
+        word = vector.bitcast(ir.VectorType.get((1,), i32), register)
+        words[index] = _element(word)
+    return words
+
+
+def _as_int8(words: np.ndarray) -> fa.FragmentedArray:
+    """Left operand `[64, K]` from 32-bit words of four int8 codes."""
+    i8, i32 = ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(32)
+    registers = np.empty(words.shape, dtype=object)
+    for index, word in np.ndenumerate(words):
+        single = vector.broadcast(ir.VectorType.get((1,), i32), word)
+        registers[index] = vector.bitcast(ir.VectorType.get((4,), i8), single)
+    return fa.FragmentedArray(_registers=registers, _layout=fa.WGMMA_LAYOUT_8BIT, _is_signed=True)
+
+
+def load_codes(ref: ir.Value, row_bytes: int, *, is_signed: bool) -> fa.FragmentedArray:
+    """Read `[64, row_bytes]` bytes, swizzled in shared memory, in the layout of the left operand of the dot."""
+    swizzle = max(row_bytes, 16)
+    return fa.FragmentedArray.load_tiled(as_tiles(ref), swizzle, is_signed=is_signed, layout=fa.WGMMA_LAYOUT_8BIT)
+
+
+def unpack_codes4(packed: fa.FragmentedArray, zero_points: list[ir.Value]) -> fa.FragmentedArray:
+    """int8 codes less zero points, `[64, group_size]`, from packed bytes `[64, group_size // 2]`.
+
+    `zero_points` holds the two channels' zero points, each copied to the four bytes of a word. Four codes at a time:
+    (code | 0x80) - zero_point never borrows from the next byte, and flipping the top bit back gives the int8.
+    """
+    i32 = ir.IntegerType.get_signless(32)
+    words = _registers_as_i32(packed)
+    # Shape (1, K/16, 1, 1, 2, ...): the axis of size two that picks h is the only one besides the columns.
+    flat = words.reshape(-1, 2)
+    halves = []
+    for shift in (0, 4):
+        half = np.empty(flat.shape, dtype=object)
+        for index, word in np.ndenumerate(flat):
+            nibbles = arith.shrui(word, _i32(shift)) if shift else word
+            # Spelled out, since the compiler would otherwise rearrange the three operations into four.
+            half[index] = utils.inline_ptx(
+                "{ .reg .b32 t; lop3.b32 t, $1, 0x0f0f0f0f, 0x80808080, 0xea; sub.u32 t, t, $2; "
+                "xor.b32 $0, t, 0x80808080; }",
+                nibbles,
+                zero_points[index[1]],
+                result_types=i32,
+            )
+        halves.append(half.reshape(words.shape))
+    return _as_int8(np.concatenate(halves, axis=1))
+
+
+def load_zero_points(ref: ir.Value, first: ir.Value) -> list[Any]:
+    """The thread's two channels' zero points from uint8 `[first : first + 64]`, each copied to the bytes of a word."""
+    channel = arith.addi(first, _lane_position()[0])
+    values = []
+    for half in range(2):
+        value = _load(ref, arith.addi(channel, _i32(8 * half)), ir.IntegerType.get_signless(8))
+        value = arith.extui(ir.IntegerType.get_signless(32), value)
+        values.append(arith.muli(value, _i32(0x01010101)))
+    return values
+
+
+def load_channel_scales(ref: ir.Value, first: ir.Value) -> list[Any]:
+    """The thread's two channels' (scale, -12582912 * scale) from float16 `[first : first + 64]`; exact in float32."""
+    channel = arith.addi(first, _lane_position()[0])
+    scales = []
+    for half in range(2):
+        scale = _load(ref, arith.addi(channel, _i32(8 * half)), ir.F16Type.get())
+        scale = arith.extf(ir.F32Type.get(), scale)
+        scales.append((scale, arith.mulf(scale, _f32(-MAGIC))))
+    return scales
+
+
+def load_token_scales(ref: ir.Value, first: ir.Value, tokens: int, *, pairs: bool) -> list[Any]:
+    """Float32 scales of the thread's tokens, two for each 8 tokens, from float32 `[first : first + tokens]`.
+
+    `pairs` promises an even `first`, so that two scales are one aligned load.
+    """
+    f32 = ir.F32Type.get()
+    token = arith.addi(first, _lane_position()[1])
+    scales = []
+    for block in range(tokens // 8):
+        index = arith.addi(token, _i32(8 * block))
+        if not pairs:
+            scales += [_load(ref, arith.addi(index, _i32(lane)), f32) for lane in range(2)]
+            continue
+        pair = _load(ref, index, f32, lanes=2)
+        for lane in range(2):
+            position = ir.DenseI64ArrayAttr.get([lane])
+            scales.append(vector.extract(pair, dynamic_position=[], static_position=position))
+    return scales
+
+
+def magic_accumulator(tokens: int) -> fa.FragmentedArray:
+    """int32 `[64, tokens]` of the magic number's bits, in registers from here on."""
+    shape = (CHANNELS_PER_WARPGROUP, tokens)
+    return fa.optimization_barrier(
+        fa.FragmentedArray.splat(_i32(MAGIC_BITS), shape, ACCUMULATOR_LAYOUT, is_signed=True)
+    )
+
+
+def issue_dot(
+    accumulator: fa.FragmentedArray, codes: fa.FragmentedArray, activations: ir.Value, swizzle: int
+) -> fa.FragmentedArray:
+    """Start adding the integer dot of one group, `[64, K] x [tokens, K]`, to the accumulator; one commit group.
+
+    The instructions are written out here, since Mosaic GPU's own `wgmma` passes the left operand through a barrier
+    that copies it where it is used again, and takes no left operand of 32 columns.
+    """
+    i32 = ir.IntegerType.get_signless(32)
+    tokens = accumulator.shape[1]
+    sums = [_element(register) for register in accumulator.registers.flat]
+    words = list(_registers_as_i32(codes).flat)
+    num_sums, first_word, steps = len(sums), 2 * len(sums), len(words) // 4
+    descriptor = first_word + len(words)
+    outputs = ", ".join(f"${index}" for index in range(num_sums))
+    lines = [".reg .pred add;", f".reg .b64 d<{steps}>;", "setp.eq.b32 add, 0, 0;", "wgmma.fence.sync.aligned;"]
+    for step in range(steps):
+        left = ", ".join(f"${first_word + 4 * step + index}" for index in range(4))
+        lines.append(f"add.s64 d{step}, ${descriptor}, {2 * step};")  # 32 bytes on, in units of 16
+        lines.append(f"wgmma.mma_async.sync.aligned.m64n{tokens}k32.s32.s8.s8 {{{outputs}}}, {{{left}}}, d{step}, add;")
+    lines.append("wgmma.commit_group.sync.aligned;")
+    tied = [str(index) for index in range(num_sums)]
+    result = llvm.inline_asm(
+        llvm.StructType.get_literal([i32] * num_sums),
+        [*sums, *words, _descriptor(activations, swizzle)],
+        "{ " + " ".join(lines) + " }",
+        ",".join(["=r"] * num_sums + tied + ["r"] * len(words) + ["l"]),
+        has_side_effects=True,
+    )
+    registers = np.empty(accumulator.registers.shape, dtype=object)
+    for index in range(num_sums):
+        word = llvm.extractvalue(i32, result, [index])
+        registers.flat[index] = vector.broadcast(ir.VectorType.get((1,), i32), word)
+    return fa.FragmentedArray(_registers=registers, _layout=accumulator.layout, _is_signed=True)
+
+
+def _descriptor(ref: ir.Value, swizzle: int) -> ir.Value:
+    """What `wgmma` takes for a right operand in shared memory whose rows are one swizzle wide and follow each other."""
+    i64 = ir.IntegerType.get_signless(64)
+    address = llvm.ptrtoint(i64, utils.memref_ptr(ref))
+    address = llvm.lshr(llvm.and_(address, arith.constant(i64, 0x3FFFF)), arith.constant(i64, 4))
+    stride = 8 * swizzle  # bytes of 8 rows
+    kind = {128: 1, 64: 2 - 4, 32: 3 - 4}[swizzle]  # the top two bits, in a signed constant
+    return llvm.or_(address, arith.constant(i64, (stride >> 4 << 32) | (kind << 62)))
+
+
+def _element(register: ir.Value) -> ir.Value:
+    """The only element of a one-element vector."""
+    return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([0]))
+
+
+def wait_dot(accumulator: fa.FragmentedArray, codes: fa.FragmentedArray, in_flight: int) -> fa.FragmentedArray:
+    """Wait for the dot that `issue_dot(accumulator, codes, ...)` started, `in_flight` others having started since.
+
+    The dot reads `codes` until then. The compiler does not know: naming them after the wait keeps it from writing the
+    next group's codes to the same registers, which would make it run the dots one instruction at a time.
+    """
+    utils.inline_ptx(f"wgmma.wait_group.sync.aligned {in_flight};", has_side_effects=True)
+    words = list(_registers_as_i32(codes).flat)
+    void = ir.Type.parse("!llvm.void")
+    llvm.inline_asm(void, words, "", ",".join("r" * len(words)), has_side_effects=True)
+    return fa.optimization_barrier(accumulator)
+
+
+def add_scaled(
+    total: fa.FragmentedArray,
+    accumulator: fa.FragmentedArray,
+    channel_scales: list[tuple[ir.Value, ir.Value]],
+    token_scales: list[ir.Value],
+) -> fa.FragmentedArray:
+    """`total + (accumulator as float - magic) * channel scale * token scale`, two fused multiply-adds an element."""
+    f32 = ir.F32Type.get()
+    registers = np.empty(total.registers.shape, dtype=object)
+    elements = zip(total.registers.flat, accumulator.registers.flat, strict=True)
+    for index, (old, dot) in enumerate(elements):
+        block, half, lane = index // 4, index // 2 % 2, index % 2
+        scale, minus_magic_scale = channel_scales[half]
+        weighted = mlir_math.fma(arith.bitcast(f32, _element(dot)), scale, minus_magic_scale)
+        new = mlir_math.fma(weighted, token_scales[2 * block + lane], _element(old))
+        registers.flat[index] = vector.broadcast(ir.VectorType.get((1,), f32), new)
+    return fa.FragmentedArray(_registers=registers, _layout=total.layout, _is_signed=None)
+
+
+def scatter_tile(
+    total: fa.FragmentedArray,
+    order: ir.Value,
+    bias: ir.Value | None,
+    out: ir.Value,
+    *,
+    first_row: ir.Value,
+    first_token: ir.Value,
+    rows: int,
+    order_start: int,
+) -> None:
+    """Store a finished tile `[64 channels, tokens]` in `out [tokens, out_features]`, columns in their places.
+
+    Args:
+        total: The tile, in float32.
+        order: int32 `[out_features]`, the output channel of each packed row.
+        bias: float32 `[out_features]`, or None.
+        out: Where to store.
+        first_row: Row of the tile among those of its bit width.
+        first_token: Token of the tile.
+        rows: Rows of this bit width.
+        order_start: Where they start in `order`.
+    """
+    i32, i64, f32 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64), ir.F32Type.get()
+    num_tokens, out_features = ir.MemRefType(out.type).shape
+    element = ir.MemRefType(out.type).element_type
+    global_pointer = llvm.PointerType.get(address_space=1)
+    channel, token = _lane_position()
+    pointers, added, valid_rows = [], [], []
+    out_pointer = llvm.addrspacecast(global_pointer, utils.memref_ptr(out))
+    for half in range(2):
+        row = arith.addi(first_row, arith.addi(channel, _i32(8 * half)))
+        valid = arith.cmpi(arith.CmpIPredicate.slt, row, _i32(rows))
+        safe = arith.select(valid, row, _i32(rows - 1))
+        column = _load(order, arith.addi(safe, _i32(order_start)), i32)
+        pointers.append(utils.getelementptr(out_pointer, [arith.extsi(i64, column)], element))
+        added.append(None if bias is None else _load(bias, column, f32))
+        valid_rows.append(valid)
+    registers = list(total.registers.flat)
+    blocks = range(len(registers) // 4)
+    constraint = "r" if element == f32 else "h"
+    for block, lane in itertools.product(blocks, range(2)):
+        this_token = arith.addi(first_token, arith.addi(token, _i32(8 * block + lane)))
+        valid_token = arith.cmpi(arith.CmpIPredicate.slt, this_token, _i32(num_tokens))
+        offset = arith.muli(arith.extsi(i64, this_token), arith.constant(i64, out_features))
+        for half in range(2):
+            register = registers[4 * block + 2 * half + lane]
+            value = _element(register)
+            if added[half] is not None:
+                value = arith.addf(value, added[half])
+            if element != f32:
+                value = llvm.bitcast(ir.IntegerType.get_signless(16), arith.truncf(element, value))
+            else:
+                value = llvm.bitcast(i32, value)
+            pointer = utils.getelementptr(pointers[half], [offset], element)
+            width = 16 if constraint == "h" else 32
+            llvm.inline_asm(
+                ir.Type.parse("!llvm.void"),
+                [pointer, value, arith.andi(valid_rows[half], valid_token)],
+                f"@$2 st.global.b{width} [$0], $1;",
+                f"l,{constraint},b",
+                has_side_effects=True,
+            )
