@@ -58,7 +58,7 @@ class CheckpointWriter:
         self._metadata: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             **json.loads(json.dumps(metadata)),
-            "tool_versions": {name: importlib.metadata.version(name) for name in _TOOLS}
+            "tool_versions": {name: _version(name) for name in _TOOLS}
             | {"python": platform.python_version()},
         }
         self._check_target(overwrite)
@@ -222,6 +222,13 @@ def _readable_os_errors(out_dir: Path) -> Iterator[None]:
         reason = "the disk is full" if full else f"cannot write: {error}"
         remedy = _DISK_REMEDY if full else ""
         raise StorageError(f"{out_dir}: {reason}. {remedy}".rstrip()) from error
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # this package, run from a checkout
+        return "not installed"
 
 
 def _changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
