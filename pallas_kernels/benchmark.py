@@ -95,9 +95,11 @@ def compile_all(jobs: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> l
         return list(pool.map(compile_one, jobs))
 
 
-def total_us(times: list[list[KernelTime]], part: str = "") -> float:
-    """Median over executions of the time of the kernels whose name contains `part`."""
-    return statistics.median(sum(kernel.microseconds for kernel in run if part in kernel.name) for run in times)
+def total_us(times: list[list[KernelTime]], *, without: str | None = None) -> float:
+    """Median over executions of the time of all kernels, or of those whose name does not contain `without`."""
+    return statistics.median(
+        sum(kernel.microseconds for kernel in run if without is None or without not in kernel.name) for run in times
+    )
 
 
 def measure_ceilings() -> Ceilings:
@@ -194,7 +196,7 @@ def benchmark(
                         implementation, activations, weights[0], None, out_dtype=jnp.dtype(jnp.bfloat16)
                     ),
                     quantize_matmul_us=round(total_us(times), 2),
-                    matmul_us=round(total_us(times, "mixed_matmul"), 2),
+                    matmul_us=round(total_us(times, without="quantize"), 2),
                     bf16_us=round(bf16_us[m], 2),
                     floor_us=round(ceilings.floor_us(m, n, k, weights[0].nbytes), 2),
                 )

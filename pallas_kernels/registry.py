@@ -90,7 +90,7 @@ def _inference_function(
             "differentiate the float model instead"
         )
 
-    without_gradient.__name__ = name
+    without_gradient.__name__ = name  # type: ignore[attr-defined]
     return jax.jit(without_gradient)
 
 
