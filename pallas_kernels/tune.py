@@ -1,4 +1,4 @@
-"""Finds the fastest configuration of the Triton matmul for each case and writes the device's table.
+"""Finds the fastest configuration of each implementation of the matmul for each case; writes the device's table.
 
 python -m pallas_kernels.tune --models llama-3.1-8b --tokens 1 16 64
 """
@@ -6,6 +6,7 @@ python -m pallas_kernels.tune --models llama-3.1-8b --tokens 1 16 64
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import statistics
 import sys
@@ -20,7 +21,7 @@ import jaxlib
 from pallas_kernels import registry
 from pallas_kernels.benchmark_data import bfloat16_array, copies_for, packed_weight
 from pallas_kernels.device_time import kernel_times, repeats_for
-from pallas_kernels.mixed_matmul import configs, pallas_triton
+from pallas_kernels.mixed_matmul import configs, pallas_mosaic_gpu, pallas_mosaic_gpu_config, pallas_triton
 from pallas_kernels.mixed_matmul.triton_few_tokens import FewTokensConfig
 from pallas_kernels.mixed_matmul.triton_many_tokens import ManyTokensConfig
 from pallas_kernels.quantize_activations.api import quantize_activations
@@ -55,8 +56,17 @@ _UP_TO_32_TOKENS = (
 )
 
 
-def candidates(tokens: int) -> Iterator[configs.Config]:
+MATMULS: dict[str, Callable[..., jax.Array]] = {
+    "triton": pallas_triton.mixed_matmul,
+    "mosaic_gpu": pallas_mosaic_gpu.mixed_matmul,
+}
+
+
+def candidates(implementation: str, tokens: int) -> Iterator[configs.Config]:
     """The configurations to try for a number of tokens."""
+    if implementation == "mosaic_gpu":
+        yield from pallas_mosaic_gpu_config.candidates(tokens)
+        return
     if tokens <= 32:
         yield from _UP_TO_8_TOKENS if tokens <= 8 else _UP_TO_32_TOKENS
     if tokens > 16:
@@ -66,6 +76,7 @@ def candidates(tokens: int) -> Iterator[configs.Config]:
 
 
 def tune(
+    implementation: str,
     shapes: list[tuple[int, int]],
     tokens: list[int],
     shares: list[float],
@@ -73,26 +84,18 @@ def tune(
     shown: int,
     log: Callable[[str], None],
 ) -> list[configs.Entry]:
-    """Time every candidate of every case; return the fastest of each case."""
+    """Time every candidate of every case; return the fastest of each case that has one."""
     entries = []
     for (n, k), share in itertools.product(shapes, shares):
         first = packed_weight(n, k, group_size, share, 0)
         weights = [first] + [packed_weight(n, k, group_size, share, i) for i in range(1, copies_for(first.nbytes))]
         for m in tokens:
             activations = quantize_activations(bfloat16_array((m, k), m), group_size)
-
-            def compiled(config: configs.Config, activations: Any = activations, weight: Any = first) -> Any:
-                def case(activations: Any, weight: Any) -> jax.Array:
-                    return pallas_triton.mixed_matmul(activations, weight, None, out_dtype=jnp.bfloat16, config=config)
-
-                try:
-                    return jax.jit(case).lower(activations, weight).compile()
-                except Exception as error:  # a configuration that does not fit the device is no candidate
-                    return error
-
-            todo = list(candidates(m))
+            todo = list(candidates(implementation, m))
             with ThreadPoolExecutor() as pool:
-                functions = list(pool.map(compiled, todo))
+                functions = list(
+                    pool.map(functools.partial(_compile, MATMULS[implementation], activations, first), todo)
+                )
             rows = []
             for config, function in zip(todo, functions, strict=True):
                 if isinstance(function, Exception):
@@ -104,13 +107,26 @@ def tune(
                 rows.append((statistics.median(sum(k.microseconds for k in launch) for launch in times), config))
             rows.sort(key=lambda row: row[0])
             log(f"M={m} N={n} K={k} share={share}: " + "".join(f"\n  {us:.2f} {config}" for us, config in rows[:shown]))
-            entries.append(configs.Entry(m, n, k, group_size, share, rows[0][1], round(rows[0][0], 2)))
+            entries += [configs.Entry(m, n, k, group_size, share, config, round(us, 2)) for us, config in rows[:1]]
     return entries
+
+
+def _compile(matmul: Callable[..., jax.Array], activations: Any, weight: Any, config: configs.Config) -> Any:
+    """The compiled matmul, or why this configuration does not compile: then it is no candidate on this device."""
+
+    def case(activations: Any, weight: Any) -> jax.Array:
+        return matmul(activations, weight, None, out_dtype=jnp.bfloat16, config=config)
+
+    try:
+        return jax.jit(case).lower(activations, weight).compile()
+    except Exception as error:
+        return error
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--implementations", nargs="+", default=list(MATMULS), choices=list(MATMULS))
     parser.add_argument("--models", nargs="+", default=["llama-3.1-8b"], choices=list(MODELS))
     parser.add_argument("--shapes", nargs="+", type=parse_shape, metavar="NxK", help="instead of the models' shapes")
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
@@ -121,15 +137,18 @@ def main(arguments: list[str] | None = None) -> int:
     if registry.compute_capability() is None:
         print("tuning needs an NVIDIA GPU that JAX sees", file=sys.stderr)
         return 1
-    entries = tune(
-        options.shapes or unique_shapes(options.models),
-        options.tokens,
-        options.shares,
-        options.group_size,
-        options.show,
-        lambda line: print(line, flush=True),
-    )
     versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
+    entries = []
+    for implementation in options.implementations:
+        entries += tune(
+            implementation,
+            options.shapes or unique_shapes(options.models),
+            options.tokens,
+            options.shares,
+            options.group_size,
+            options.show,
+            lambda line: print(line, flush=True),
+        )
     print("wrote", configs.write_table(registry.device_kind(), entries, versions))
     return 0
 
