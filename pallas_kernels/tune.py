@@ -22,6 +22,7 @@ from pallas_kernels import registry
 from pallas_kernels.benchmark_data import bfloat16_array, copies_for, packed_weight
 from pallas_kernels.device_time import kernel_times, repeats_for
 from pallas_kernels.mixed_matmul import configs, pallas_mosaic_gpu, pallas_mosaic_gpu_config, pallas_triton
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MosaicGpuConfig
 from pallas_kernels.mixed_matmul.triton_few_tokens import FewTokensConfig
 from pallas_kernels.mixed_matmul.triton_many_tokens import ManyTokensConfig
 from pallas_kernels.quantize_activations.api import quantize_activations
@@ -62,7 +63,7 @@ MATMULS: dict[str, Callable[..., jax.Array]] = {
 }
 
 
-def candidates(implementation: str, tokens: int) -> Iterator[configs.Config]:
+def candidates(implementation: str, tokens: int) -> Iterator[configs.Config | MosaicGpuConfig]:
     """The configurations to try for a number of tokens."""
     if implementation == "mosaic_gpu":
         yield from pallas_mosaic_gpu_config.candidates(tokens)
@@ -111,7 +112,7 @@ def tune(
     return entries
 
 
-def _compile(matmul: Callable[..., jax.Array], activations: Any, weight: Any, config: configs.Config) -> Any:
+def _compile(matmul: Callable[..., jax.Array], activations: Any, weight: Any, config: Any) -> Any:
     """The compiled matmul, or why this configuration does not compile: then it is no candidate on this device."""
 
     def case(activations: Any, weight: Any) -> jax.Array:

@@ -140,12 +140,15 @@ def _nearest(problem: Problem, device_kind: str, implementation: str) -> Entry |
 
 
 def _distance(problem: Problem, entry: Entry) -> tuple[float, float]:
-    """Tuned numbers of tokens that are too small count as far away, since their tiles would be read again and again."""
+    """Tuned numbers of tokens that are too small count as far away, since their tiles would be read again and again.
+
+    The output channels, which say how many programs there are, weigh more than the input channels.
+    """
     ratio = math.log2(problem.tokens / entry.tokens)
     tokens = ratio * 4 if ratio > 0 else -ratio
-    shape = abs(math.log2(problem.out_features / entry.n)) + abs(math.log2(problem.in_features / entry.k))
+    channels = abs(math.log2(problem.out_features / entry.n)) / 4 + abs(math.log2(problem.in_features / entry.k)) / 8
     share = abs(problem.n8 / problem.out_features - entry.share_8bit)
-    return tokens + shape / 8 + share, shape
+    return tokens + channels + share, channels
 
 
 def default(problem: Problem) -> Config:
