@@ -231,9 +231,9 @@ class _Kernel:
             plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
 
             # One warp, since the instructions of the other three would take issue slots from the compute warps.
-            @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
-            def _warps() -> None:
-                @pl.when(lax.axis_index("warp") == 0)
+            @plgpu.warp_map
+            def _warps(warp: Index) -> None:
+                @pl.when(warp == 0)
                 def _first_warp() -> None:
                     self.for_each_tile(
                         multiprocessor, multiprocessors, functools.partial(self.load_tile, inputs, scratch)
