@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shlex
 import statistics
 import sys
 import time
@@ -142,8 +143,9 @@ def benchmark(
     shares: Sequence[float],
     implementation: str,
     log: Callable[[str], None],
+    store: Callable[[Sequence[Row], Ceilings], None],
 ) -> tuple[list[Row], Ceilings]:
-    """Measure every case."""
+    """Measure every case; `store` gets all rows so far whenever a shape is done."""
     ceilings = measure_ceilings()
     log(
         f"copy {ceilings.copy_bytes_per_second / 1e12:.2f} TB/s, "
@@ -203,6 +205,7 @@ def benchmark(
             )
         log(f"{n} x {k}: compiled in {compiled:.0f} s, all in {time.perf_counter() - started:.0f} s")
         log("\n".join(format_row(row) for row in rows[-len(cases) :]))
+        store(rows, ceilings)
     return rows, ceilings
 
 
@@ -221,6 +224,7 @@ def format_row(row: Row) -> str:
 def write_json(path: Path, rows: Sequence[Row], ceilings: Ceilings) -> None:
     """The table with the device, versions and ceilings beside it."""
     document = {
+        "command": "python -m pallas_kernels.benchmark " + shlex.join(sys.argv[1:]),
         "device": registry.device_kind(),
         "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "python": sys.version.split()[0]},
         "ceilings": dataclasses.asdict(ceilings),
@@ -278,15 +282,20 @@ def main(arguments: list[str] | None = None) -> int:
     if options.quick:
         options.shapes, options.tokens, options.shares = QUICK_SHAPES, QUICK_TOKENS, [0.1]
     print(HEADER)
-    rows, ceilings = benchmark(
+
+    def store(rows: Sequence[Row], ceilings: Ceilings) -> None:
+        if options.out:
+            write_json(options.out, rows, ceilings)
+
+    rows, _ = benchmark(
         options.shapes or unique_shapes(options.models),
         options.tokens,
         options.shares,
         options.implementation,
         lambda line: print(line, flush=True),
+        store,
     )
     if options.out:
-        write_json(options.out, rows, ceilings)
         plot(options.out.with_suffix(".png"), rows)
         print("wrote", options.out)
     return 0
