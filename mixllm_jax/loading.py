@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from mixllm_jax.checkpoint import CheckpointReader
+from mixllm_jax.device import require_kernels
 from mixllm_jax.errors import CheckpointError, OptionError
 from mixllm_jax.generation import Engine, IncrementalDetokenizer, PromptCache, SamplingSettings
 from mixllm_jax.models.config import ModelConfig
@@ -51,27 +52,49 @@ class GenerationOptions(TypedDict, total=False):
     system: str | None
 
 
-def load(path: str | Path, *, dtype: DTypeLike | Literal["auto"] = "auto", implementation: str = "auto") -> LoadedModel:
+def load(
+    path: str | Path,
+    *,
+    dtype: DTypeLike | Literal["auto"] = "auto",
+    implementation: str = "auto",
+    kv_bits: int = 16,
+    lm_head_bits: int = 16,
+) -> LoadedModel:
     """Loads a converted or quantised model.
 
     Args:
         path: the model folder.
         dtype: compute dtype of activations and float weights; `auto` is bfloat16 on a GPU and float32 on a CPU.
         implementation: of the quantised operations: `auto`, `xla`, or a kernel's name (see `pallas_kernels`).
+        kv_bits: 8 keeps keys and values of generation as int8, one scale a token and head; 16 in the compute dtype.
+        lm_head_bits: 8 rounds the output head to 8 bits and runs it with int8 activations; 16 leaves it as it is.
 
     Raises:
         CheckpointError: not a model folder, or it is damaged or of a newer format.
+        OptionError: a number of bits that is neither 8 nor 16.
+        UnsupportedDeviceError: the GPU has no kernels for this quantised model.
         NotImplementedError: the implementation asked for cannot run here.
     """
     reader = CheckpointReader(path)
     config = reader.config
     if isinstance(dtype, str) and dtype == "auto":
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    bits = reader.metadata.get("quantization", {}).get("activation_bits", 8)
-    execution = Execution(dtype=jnp.dtype(dtype), activation_bits=cast(Any, bits), implementation=implementation)
+    for name, value in (("kv-bits", kv_bits), ("lm-head-bits", lm_head_bits)):
+        if value not in (8, 16):
+            raise OptionError(f"{name} must be 8 or 16, found {value}")
+    quantization = reader.metadata.get("quantization", {})
+    bits = quantization.get("activation_bits", 8)
+    if bits == 8 and "group_size" in quantization:
+        require_kernels(quantization["group_size"], implementation)
+    execution = Execution(
+        dtype=jnp.dtype(dtype),
+        activation_bits=cast(Any, bits),
+        implementation=implementation,
+        lm_head_bits=cast(Any, lm_head_bits),
+    )
     parts = reader.read_parts()  # in the order in which the decoder asks for them
     model = Decoder.from_parameters(config, lambda name: _next_part(parts, name), execution)
-    return LoadedModel(model=model, config=config, metadata=reader.metadata, path=reader.path)
+    return LoadedModel(model=model, config=config, metadata=reader.metadata, path=reader.path, kv_bits=kv_bits)
 
 
 def _next_part(parts: Iterator[tuple[str, Any]], wanted: str) -> Any:
@@ -90,12 +113,14 @@ class LoadedModel:
         config: its configuration.
         metadata: the content of the folder's `mixllm.json`.
         path: the folder.
+        kv_bits: of the key/value cache.
     """
 
     model: Decoder
     config: ModelConfig
     metadata: dict[str, Any]
     path: Path
+    kv_bits: int = 16
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -109,7 +134,7 @@ class LoadedModel:
     @functools.cached_property
     def engine(self) -> Engine:
         """Generation on token ids."""
-        return Engine(self.model)
+        return Engine(self.model, kv_bits=self.kv_bits)
 
     @functools.cached_property
     def stop_tokens(self) -> tuple[int, ...]:

@@ -26,6 +26,20 @@ def add_execution_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="implementation of the quantized operations: auto, xla, triton, mosaic_gpu (default: auto)",
     )
+    group.add_argument(
+        "--kv-bits",
+        type=int,
+        choices=(8, 16),
+        default=16,
+        help="8 stores keys and values as int8, one scale a token and head; 16 as the compute dtype (default: 16)",
+    )
+    group.add_argument(
+        "--lm-head-bits",
+        type=int,
+        choices=(8, 16),
+        default=16,
+        help="8 rounds the output head to 8 bits and runs it with int8 activations (default: 16, as it is)",
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, temperature: float, top_p: float) -> None:
@@ -63,7 +77,13 @@ def load_model(folder: Path, arguments: argparse.Namespace) -> LoadedModel:
     if watched:
         print(f"loading {folder} ...", end="", file=sys.stderr, flush=True)
     try:
-        return load(folder, dtype=arguments.dtype, implementation=arguments.implementation)
+        return load(
+            folder,
+            dtype=arguments.dtype,
+            implementation=arguments.implementation,
+            kv_bits=arguments.kv_bits,
+            lm_head_bits=arguments.lm_head_bits,
+        )
     finally:
         if watched:
             print("\r\033[K", end="", file=sys.stderr, flush=True)

@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mixllm_jax.cli.options import add_execution_options, load_model
 from mixllm_jax.errors import OptionError
+
+if TYPE_CHECKING:
+    from mixllm_jax.evaluation.cached import ThroughInt8Cache
+    from mixllm_jax.loading import LoadedModel
+    from mixllm_jax.models.decoder import Decoder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
     tokens = loaded[names[0]].encode(text)
     sequences = cut_sequences(tokens, arguments.samples, arguments.sequence_length, str(arguments.text))
     rows = []
-    for result in evaluate({name: model.model for name, model in loaded.items()}, sequences):
+    for result in evaluate({name: _measured(model, arguments.kv_bits) for name, model in loaded.items()}, sequences):
         report = loaded[result.name].metadata.get("quantization_report")
         rows.append({**vars(result), "bits_per_weight": report["bits_per_weight"] if report else None})
     print(format_table(rows))
@@ -53,8 +58,16 @@ def run(arguments: argparse.Namespace) -> None:
             "samples": sequences.shape[0],
             "sequence_length": sequences.shape[1],
             "dtype": arguments.dtype,
+            "kv_bits": arguments.kv_bits,
+            "lm_head_bits": arguments.lm_head_bits,
         }
         arguments.json.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+
+
+def _measured(loaded: LoadedModel, kv_bits: int) -> Decoder | ThroughInt8Cache:
+    from mixllm_jax.evaluation.cached import ThroughInt8Cache
+
+    return loaded.model if kv_bits == 16 else ThroughInt8Cache(loaded.model)
 
 
 def read_text(path: Path, option: str) -> str:

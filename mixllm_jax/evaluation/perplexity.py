@@ -15,7 +15,11 @@ from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from mixllm_jax.errors import OptionError
+from mixllm_jax.evaluation.cached import ThroughInt8Cache
 from mixllm_jax.models.decoder import Decoder
+
+LanguageModel = Decoder | ThroughInt8Cache
+"""What can be measured: it takes tokens `[1, length]`, and gives logits first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +59,9 @@ def cut_sequences(tokens: Sequence[int], samples: int | None, sequence_length: i
     return np.asarray(tokens[: samples * sequence_length], np.int32).reshape(samples, sequence_length)
 
 
-def evaluate(models: Mapping[str, Decoder], sequences: np.ndarray, *, show_progress: bool = True) -> list[Evaluation]:
+def evaluate(
+    models: Mapping[str, LanguageModel], sequences: np.ndarray, *, show_progress: bool = True
+) -> list[Evaluation]:
     """Measures models side by side; the first is the reference of the others.
 
     All models are held at once, and logits of the reference for one sequence only. The first token of each sequence is
@@ -108,7 +114,7 @@ class _Sums:
 
 
 @jax.jit
-def _reference(model: Decoder, tokens: Int[Array, "1 length"]) -> tuple[Float[Array, "predictions vocab"], Array]:
+def _reference(model: LanguageModel, tokens: Int[Array, "1 length"]) -> tuple[Float[Array, "predictions vocab"], Array]:
     """Log-probabilities of the reference, and its summed loss."""
     log_probabilities = _log_probabilities(model, tokens)
     return log_probabilities, _loss(log_probabilities, tokens)
@@ -116,7 +122,7 @@ def _reference(model: Decoder, tokens: Int[Array, "1 length"]) -> tuple[Float[Ar
 
 @jax.jit
 def _compare(
-    model: Decoder, tokens: Int[Array, "1 length"], reference: Float[Array, "predictions vocab"]
+    model: LanguageModel, tokens: Int[Array, "1 length"], reference: Float[Array, "predictions vocab"]
 ) -> tuple[Array, Array, Array]:
     """Summed loss, summed KL(reference || model), and how often both favour the same token."""
     log_probabilities = _log_probabilities(model, tokens)
@@ -125,7 +131,7 @@ def _compare(
     return _loss(log_probabilities, tokens), kl.sum(), agreeing.sum()
 
 
-def _log_probabilities(model: Decoder, tokens: Int[Array, "1 length"]) -> Float[Array, "predictions vocab"]:
+def _log_probabilities(model: LanguageModel, tokens: Int[Array, "1 length"]) -> Float[Array, "predictions vocab"]:
     logits, _ = model(tokens)
     return jax.nn.log_softmax(logits[0, :-1].astype(jnp.float32), axis=-1)
 
@@ -134,7 +140,7 @@ def _loss(log_probabilities: Float[Array, "predictions vocab"], tokens: Int[Arra
     return -jnp.take_along_axis(log_probabilities, tokens[0, 1:, None], axis=-1).sum()
 
 
-def _check(models: Mapping[str, Decoder], length: int) -> None:
+def _check(models: Mapping[str, LanguageModel], length: int) -> None:
     vocabularies = {name: model.config.vocab_size for name, model in models.items()}
     if len(set(vocabularies.values())) > 1:
         raise OptionError(f"these models cannot be compared, their vocabularies differ: {vocabularies}")

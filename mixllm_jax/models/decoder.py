@@ -15,9 +15,11 @@ from mixllm_jax.models.cache import KVCache
 from mixllm_jax.models.config import ModelConfig, layer_part_name
 from mixllm_jax.models.linear import Linear
 from mixllm_jax.models.norm import RMSNorm
+from mixllm_jax.models.output_head import eight_bit_head
 from mixllm_jax.models.parameters import Execution, Parameters, check_parameters
 from mixllm_jax.models.rope import rotary_embedding
 from pallas_kernels.kv_cache import LayerCache
+from pallas_kernels.packing import PackedWeight
 
 
 class Embedding(nnx.Module):
@@ -103,15 +105,16 @@ class Decoder(nnx.Module):
             CheckpointError: A part does not fit the configuration.
         """
         read = parts if callable(parts) else parts.__getitem__
-        return cls(
-            config,
-            Embedding.from_parameters(config, read("embedding"), execution),
-            [
-                Block.from_parameters(config, layer, read(layer_part_name(layer)), execution)
-                for layer in range(config.num_layers)
-            ],
-            Head.from_parameters(config, read("final"), execution),
-        )
+        embedding = Embedding.from_parameters(config, read("embedding"), execution)
+        layers = [
+            Block.from_parameters(config, layer, read(layer_part_name(layer)), execution)
+            for layer in range(config.num_layers)
+        ]
+        final = dict(read("final"))
+        if execution is not None and execution.lm_head_bits == 8:
+            head = final.get("lm_head.weight", embedding.weight.get_value())
+            final["lm_head.weight"] = head if isinstance(head, PackedWeight) else eight_bit_head(head)
+        return cls(config, embedding, layers, Head.from_parameters(config, final, execution))
 
     def embed(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length hidden"]:
         """The residual stream before the first block."""

@@ -1,0 +1,154 @@
+"""Options of the engine: the int8 cache, the 8-bit head, memory estimates and devices that will not do."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mixllm_jax import device
+from mixllm_jax.benchmark.profile import Kernel, summarize
+from mixllm_jax.device import UnsupportedDeviceError, require_kernels
+from mixllm_jax.errors import OptionError
+from mixllm_jax.evaluation.cached import ThroughInt8Cache
+from mixllm_jax.generation import Engine
+from mixllm_jax.generation.memory import OutOfDeviceMemoryError, weight_bytes
+from mixllm_jax.models.cache import KVCache
+from mixllm_jax.models.decoder import Decoder, random_parameters
+from mixllm_jax.models.output_head import eight_bit_head
+from mixllm_jax.models.parameters import Execution
+from mixllm_jax.models.presets import PRESETS, preset
+from mixllm_jax.models.random_weights import WeightFormat, random_decoder
+from pallas_kernels import packing, registry
+from pallas_kernels.shapes import MODELS
+
+CONFIG = dataclasses.replace(
+    PRESETS["smollm2-135m"], num_layers=2, vocab_size=96, hidden_size=64, intermediate_size=128, head_dim=16,
+    num_heads=4, num_kv_heads=2, max_position_embeddings=4096,
+)  # fmt: skip
+
+
+def test_presets_have_the_shapes_of_the_kernel_benchmark():
+    for name, shapes in MODELS.items():
+        for linear, shape in shapes.as_dict().items():
+            assert PRESETS[name].linear_shape(linear) == shape
+    with pytest.raises(OptionError, match=r"llama-3\.1-8b"):
+        preset("llama-9")
+
+
+@pytest.mark.parametrize(("scheme", "share"), [("bf16", None), ("W4A8", 0.0), ("W4.4A8", 0.1), ("W8A8", 1.0)])
+def test_random_weights_have_the_format_asked_for_and_finite_logits(scheme, share):
+    weights = WeightFormat.from_name(scheme, lm_head_bits=8)
+    model = random_decoder(CONFIG, weights, dtype=jnp.float32)
+    logits, _ = model(jnp.arange(12)[None] % 96)
+    assert 0.3 < float(jnp.std(logits)) < 3
+    for block in model.layers:
+        for name, linear in block.linears().items():
+            weight = linear.weight.get_value()
+            if share is None:
+                assert weight.shape == CONFIG.linear_shape(name)
+            else:
+                packing.validate(weight, values=True)
+                assert weight.n8 == round(share * CONFIG.linear_shape(name)[0])
+                assert 0.5 < float(jnp.std(packing.dequantize(weight))) * weight.in_features**0.5 < 2
+
+
+@pytest.mark.parametrize("name", ["W3A8", "W4A16", "int4", "W9A8"])
+def test_an_unknown_scheme_is_refused(name):
+    with pytest.raises(OptionError, match=r"W4\.4A8"):
+        WeightFormat.from_name(name)
+
+
+def test_an_eight_bit_head_is_close_and_a_tied_one_gets_weights_of_its_own():
+    parts = {part: random_parameters(CONFIG, part, 0) for part in CONFIG.part_names()}
+    exact = Decoder.from_parameters(CONFIG, parts)
+    rounded = Decoder.from_parameters(CONFIG, parts, Execution(lm_head_bits=8))
+    assert exact.final.lm_head is None
+    assert rounded.final.lm_head is not None
+    tokens = jnp.arange(20)[None]
+    expected, actual = (np.asarray(model(tokens)[0]) for model in (exact, rounded))
+    error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+    assert 1e-4 < error < 2e-2
+    weight = parts["embedding"]["embed.weight"]
+    np.testing.assert_allclose(packing.dequantize(eight_bit_head(weight)), weight, atol=np.abs(weight).max() / 200)
+
+
+def test_logits_through_an_int8_cache_are_those_of_decoding_with_one():
+    model = Decoder.from_parameters(
+        CONFIG, {part: random_parameters(CONFIG, part, 1, 0.1) for part in CONFIG.part_names()}
+    )
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 96, (1, 10)))
+    whole, _ = ThroughInt8Cache(model)(tokens)
+    cache = KVCache.zeros(CONFIG, 1, 10, jnp.int8)
+    for position in range(10):
+        logits, cache = model(tokens[:, position : position + 1], cache)
+        np.testing.assert_allclose(logits[0, 0], whole[0, position], atol=2e-3)
+    assert float(jnp.max(jnp.abs(whole - model(tokens)[0]))) > 1e-5
+
+
+def test_the_memory_estimate_is_exact_for_weights_and_cache():
+    model = random_decoder(CONFIG, WeightFormat.from_name("W4.4A8"))
+    for kv_bits in (16, 8):
+        engine = Engine(model, kv_bits=kv_bits)
+        estimate = engine.estimate_memory(3, 100)
+        cache = KVCache.zeros(CONFIG, 3, 100, engine.cache_dtype)
+        assert estimate.cache == weight_bytes(cache.layers)
+        assert estimate.weights == sum(array.nbytes for array in jax.tree.leaves(model))
+        assert estimate.peak > estimate.weights + estimate.cache
+
+
+def test_a_batch_that_does_not_fit_is_refused_with_what_would(monkeypatch):
+    engine = Engine(random_decoder(CONFIG, WeightFormat.from_name("W4.4A8")))
+    available = engine.estimate_memory(5, 256).peak
+    monkeypatch.setattr("mixllm_jax.generation.engine.device_memory", lambda: available)
+    with pytest.raises(OutOfDeviceMemoryError, match=r"5 rows of 256 positions or 8 rows of .* would fit"):
+        engine.generate([[1, 2, 3]] * 8, max_tokens=200)
+    monkeypatch.setattr("mixllm_jax.generation.engine.device_memory", lambda: 1000)
+    with pytest.raises(OutOfDeviceMemoryError, match="not even one row"):
+        engine.generate([[1, 2, 3]], max_tokens=200)
+
+
+def test_running_out_of_memory_on_the_way_says_what_would_fit(monkeypatch):
+    engine = Engine(random_decoder(CONFIG, WeightFormat.from_name("W4.4A8")))
+    monkeypatch.setattr("mixllm_jax.generation.engine.device_memory", lambda: 10**12)
+
+    def fail(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+
+    monkeypatch.setattr(engine, "prefill", fail)
+    with pytest.raises(OutOfDeviceMemoryError, match="ran out of memory; 4 rows of 256 positions need"):
+        engine.generate([[1, 2, 3]] * 4, max_tokens=200)
+
+
+def test_a_gpu_without_kernels_is_refused(monkeypatch):
+    require_kernels(48, "auto")  # the CPU's reference takes any
+    monkeypatch.setattr(registry, "default_platform", lambda: "gpu")
+    monkeypatch.setattr(registry, "device_kind", lambda: "Tesla T4")
+    monkeypatch.setattr(registry, "compute_capability", lambda: (7, 5))
+    with pytest.raises(UnsupportedDeviceError, match=r"Tesla T4 has compute capability 7\.5"):
+        require_kernels(64, "auto")
+    require_kernels(64, "xla")
+    monkeypatch.setattr(registry, "compute_capability", lambda: device.OLDEST_CAPABILITY)
+    require_kernels(64, "auto")
+    with pytest.raises(UnsupportedDeviceError, match="groups of 48"):
+        require_kernels(48, "auto")
+
+
+def test_a_profile_counts_time_once_and_finds_the_gaps():
+    kernels = [
+        Kernel("mixed_matmul_few_tokens", 0, 400),
+        Kernel("decode_attention", 300, 200),  # overlaps the last 100
+        Kernel("rms_norm_quantize", 600, 100),
+        Kernel("loop_add_fusion", 900, 100),
+    ]
+    found = summarize(kernels, 3, steps=1)
+    assert found["step_us"] == 1.0
+    assert found["shares"] == {
+        "weight matmul": 0.4,
+        "attention": 0.1,
+        "quantize, norm, activation": 0.1,
+        "rest": 0.1,
+        "gaps": 0.3,
+    }
+    assert found["graph_launches_per_step"] == 3
