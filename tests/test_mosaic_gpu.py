@@ -22,8 +22,8 @@ CONFIGS = [
 
 
 def test_settings_that_the_kernel_cannot_take_are_refused():
-    with pytest.raises(ValueError, match="tile_tokens must be a multiple"):
-        MosaicGpuConfig(tile_tokens=24, parts=2)
+    with pytest.raises(ValueError, match="tile_tokens must be parts times one of"):
+        MosaicGpuConfig(tile_tokens=40, parts=1)
     with pytest.raises(ValueError, match="compute_warpgroups must be 1 or 2"):
         MosaicGpuConfig(compute_warpgroups=3)
 
@@ -32,6 +32,7 @@ def test_settings_that_the_kernel_cannot_take_are_refused():
 def test_every_part_of_a_tile_has_a_token(config: MosaicGpuConfig):
     for tokens in range(1, 2 * config.tile_tokens):
         fitted = config.fitted(tokens)
+        assert fitted.tile_tokens // fitted.parts in pallas_mosaic_gpu_config.DOT_TOKENS
         assert fitted.tile_tokens * (fitted.parts - 1) // fitted.parts < tokens
         assert -(-tokens // fitted.tile_tokens) == -(-tokens // config.tile_tokens)
 
@@ -76,7 +77,9 @@ def test_lowers_without_a_gpu(config: MosaicGpuConfig, sizes: tuple[int, int, in
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize(
-    "sizes", [(11, 70, 640, 128, 0.2), (300, 333, 1024, 64, 0.2), (65, 130, 2048, 128, 0.0)], ids=str
+    "sizes",
+    [(11, 70, 640, 128, 0.2), (300, 333, 1024, 64, 0.2), (65, 130, 2048, 128, 0.0), (33, 70, 576, 64, 0.5)],
+    ids=str,
 )
 def test_configurations(config: MosaicGpuConfig, sizes: tuple[int, int, int, int, float]):
     if jax.devices()[0].compute_capability != "9.0":

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 CHANNELS_PER_WARPGROUP = 64
 """Rows of one `wgmma`: the output channels of a tile that one warpgroup computes."""
 
+DOT_TOKENS = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128)
+"""Columns that an integer `wgmma` can have, up to the largest dot whose accumulators fit the registers."""
+
 MULTIPROCESSORS = 132
 """Of an H100 SXM, for the rule; the launch asks the device."""
 
@@ -21,7 +24,7 @@ class MosaicGpuConfig:
     """Static settings of the kernel.
 
     Attributes:
-        tile_tokens: Tokens of a tile, a multiple of 8 * parts, up to 128.
+        tile_tokens: Tokens of a tile: `parts` dots of `DOT_TOKENS` tokens, together at most 128.
         compute_warpgroups: Warpgroups that compute, each 64 channels of the tile: 1 or 2.
         stages: Ring slots in shared memory, one group each; rounded down to whole blocks of `unroll` groups.
         unroll: Groups of a block, between whose dots there is no gap; the largest divisor of the number of groups that
@@ -40,8 +43,8 @@ class MosaicGpuConfig:
 
     def __post_init__(self) -> None:
         """Check what the kernel takes for granted."""
-        if self.tile_tokens % (8 * self.parts) or not 8 <= self.tile_tokens <= 128:
-            raise ValueError(f"tile_tokens must be a multiple of 8 * parts up to 128, found {self}")
+        if self.tile_tokens % self.parts or self.tile_tokens // self.parts not in DOT_TOKENS or self.tile_tokens > 128:
+            raise ValueError(f"tile_tokens must be parts times one of {DOT_TOKENS}, and at most 128; found {self}")
         if self.compute_warpgroups not in (1, 2):
             raise ValueError(f"compute_warpgroups must be 1 or 2, since each needs most of the registers; found {self}")
 
@@ -53,7 +56,7 @@ class MosaicGpuConfig:
         """
         if tokens > self.tile_tokens * (self.parts - 1) // self.parts:
             return self
-        return dataclasses.replace(self, tile_tokens=math.ceil(tokens / 8) * 8, parts=1)
+        return dataclasses.replace(self, tile_tokens=next(size for size in DOT_TOKENS if tokens <= size), parts=1)
 
     @property
     def tile_channels(self) -> int:
