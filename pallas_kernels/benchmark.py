@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -86,14 +87,21 @@ Compiled = Callable[..., Any]
 
 
 def compile_all(jobs: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Compiled]:
-    """Compile functions for their arguments (arrays or shapes), on all processors."""
+    """Compile functions for their arguments, on all processors; one that does not compile raises when it is called."""
 
     def compile_one(job: tuple[Callable[..., Any], tuple[Any, ...]]) -> Compiled:
         function, arguments = job
-        return jax.jit(function).lower(*arguments).compile()
+        try:
+            return jax.jit(function).lower(*arguments).compile()
+        except Exception as error:
+            return functools.partial(_raise, error)
 
     with ThreadPoolExecutor() as pool:
         return list(pool.map(compile_one, jobs))
+
+
+def _raise(error: Exception, *arguments: Any) -> Any:
+    raise error
 
 
 def total_us(times: list[list[KernelTime]], *, without: str | None = None) -> float:
@@ -145,47 +153,47 @@ def benchmark(
     log: Callable[[str], None],
     store: Callable[[Sequence[Row], Ceilings], None],
 ) -> tuple[list[Row], Ceilings]:
-    """Measure every case; `store` gets all rows so far whenever a shape is done."""
+    """Measure every case, leaving out those that fail; `store` gets all rows so far whenever a shape is done."""
     ceilings = measure_ceilings()
     log(
         f"copy {ceilings.copy_bytes_per_second / 1e12:.2f} TB/s, "
         f"int8 {ceilings.int8_operations_per_second / 1e12:.0f} TOP/s"
     )
-    rows = []
+    rows: list[Row] = []
     for n, k in shapes:
         started = time.perf_counter()
         inputs = {m: bfloat16_array((m, k), m) for m in tokens}
         floats = [bfloat16_array((n, k), seed) for seed in range(copies_for(2.0 * n * k))]
         packed = {}
-        for share in shares:
-            first = packed_weight(n, k, GROUP_SIZE, share, 0)
-            packed[share] = [first] + [
-                packed_weight(n, k, GROUP_SIZE, share, seed) for seed in range(1, copies_for(first.nbytes))
+        for share_8bit in shares:
+            first = packed_weight(n, k, GROUP_SIZE, share_8bit, 0)
+            packed[share_8bit] = [first] + [
+                packed_weight(n, k, GROUP_SIZE, share_8bit, seed) for seed in range(1, copies_for(first.nbytes))
             ]
         cases = list(itertools.product(shares, tokens))
-        jobs: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
-            (lambda x, weight: linear(x, weight, implementation), (inputs[m], packed[share][0])) for share, m in cases
+        jobs: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [(bf16_dot, (inputs[m], floats[0])) for m in tokens]
+        jobs += [
+            (lambda x, weight: linear(x, weight, implementation), (inputs[m], packed[share_8bit][0]))
+            for share_8bit, m in cases
         ]
-        jobs += [(bf16_dot, (inputs[m], floats[0])) for m in tokens]
         functions = compile_all(jobs)
         compiled = time.perf_counter() - started
-        bf16_us = {
-            m: total_us(
-                kernel_times(
-                    function,
-                    [(inputs[m], weight) for weight in floats],
-                    repeats_for(len(floats), executions_for(m)),
-                )
-            )
-            for m, function in zip(tokens, functions[len(cases) :], strict=True)
-        }
-        for (share, m), function in zip(cases, functions[: len(cases)], strict=True):
-            weights = packed[share]
-            times = kernel_times(
-                function,
-                [(inputs[m], weight) for weight in weights],
-                repeats_for(len(weights), executions_for(m)),
-            )
+        bf16_us: dict[int, float] = {}
+        in_turn: list[tuple[float | None, int]] = [*((None, m) for m in tokens), *cases]
+        for (share, m), function in zip(in_turn, functions, strict=True):
+            weights: list[Any] = floats if share is None else packed[share]
+            argument_sets = [(inputs[m], weight) for weight in weights]
+            try:
+                times = kernel_times(function, argument_sets, repeats_for(len(weights), executions_for(m)))
+            except Exception as error:  # one bad case is no reason to lose the others
+                what = "bf16" if share is None else f"share {share}"
+                log(f"FAILED, left out: {n} x {k}, M = {m}, {what}: {str(error).splitlines()[0][:300]}")
+                continue
+            if share is None:
+                bf16_us[m] = round(total_us(times), 2)
+                continue
+            if m not in bf16_us:
+                continue
             activations = jax.eval_shape(lambda x: quantize_activations(x, GROUP_SIZE), inputs[m])
             rows.append(
                 Row(
@@ -199,12 +207,12 @@ def benchmark(
                     ),
                     quantize_matmul_us=round(total_us(times), 2),
                     matmul_us=round(total_us(times, without="quantize"), 2),
-                    bf16_us=round(bf16_us[m], 2),
+                    bf16_us=bf16_us[m],
                     floor_us=round(ceilings.floor_us(m, n, k, weights[0].nbytes), 2),
                 )
             )
         log(f"{n} x {k}: compiled in {compiled:.0f} s, all in {time.perf_counter() - started:.0f} s")
-        log("\n".join(format_row(row) for row in rows[-len(cases) :]))
+        log("\n".join(format_row(row) for row in rows if (row.n, row.k) == (n, k)))
         store(rows, ceilings)
     return rows, ceilings
 
@@ -287,8 +295,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.out:
             write_json(options.out, rows, ceilings)
 
+    shapes = options.shapes or unique_shapes(options.models)
     rows, _ = benchmark(
-        options.shapes or unique_shapes(options.models),
+        shapes,
         options.tokens,
         options.shares,
         options.implementation,
@@ -298,6 +307,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.out:
         plot(options.out.with_suffix(".png"), rows)
         print("wrote", options.out)
+    expected = len(shapes) * len(options.tokens) * len(options.shares)
+    if len(rows) < expected:
+        print(f"only {len(rows)} of {expected} rows were measured, see FAILED above", file=sys.stderr)
+        return 1
     return 0
 
 
