@@ -11,6 +11,7 @@ import pytest
 from kernel_cases import Case, assemble, make_case, relative_error
 
 from pallas_kernels import (
+    PackedWeight,
     QuantizedActivations,
     mixed_matmul,
     quantize_activations,
@@ -177,6 +178,31 @@ def test_triton_configurations(config: object, interpret: bool):
         case = make_case(*sizes, bias=True)
         out = pallas_triton.mixed_matmul(*on_device(case), out_dtype="float32", config=config, interpret=interpret)
         assert relative_error(out, case.expected) < 1e-6
+
+
+@gpu
+def test_counters_of_a_split_product_can_be_used_twice():
+    """Products that split K count in a buffer of the activations: a second product must still find zeros there."""
+    case, other = make_case(9, 70, 640, 128, 0.2), make_case(9, 40, 640, 128, 0.5, seed=1)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((9, 640)), "bfloat16")
+    config = FewTokensConfig(16, 16, 4, 1, 3, "weights")
+
+    @jax.jit
+    def both(x: jax.Array, first: PackedWeight, second: PackedWeight) -> tuple[jax.Array, ...]:
+        activations = quantize_activations(x, 128, implementation="triton")
+        assert activations.counters is not None
+        return tuple(
+            pallas_triton.mixed_matmul(activations, weight, None, out_dtype="float32", config=config)
+            for weight in (first, second, first)
+        )
+
+    weights = [jax.tree.map(jnp.asarray, each.weight) for each in (case, other)]
+    activations = quantize_activations(x, 128, implementation="xla")
+    expected = [mixed_matmul(activations, weight, out_dtype="float32", implementation="xla") for weight in weights]
+    for _ in range(3):
+        actual = both(x, *weights)
+        for out, reference in zip(actual, [*expected, expected[0]], strict=True):
+            assert relative_error(out, np.asarray(reference, np.float64)) < 1e-6
 
 
 def quantize_oracle(x: np.ndarray, group_size: int) -> tuple[np.ndarray, np.ndarray]:
