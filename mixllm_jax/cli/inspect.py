@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mixllm_jax.cli.memory import format_memory, memory_facts
 from mixllm_jax.errors import OptionError
 
 if TYPE_CHECKING:
@@ -22,6 +23,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", action="store_true", help="the 8-bit share of every layer as well")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the 8-bit share per layer (.png, .svg, .pdf)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    memory = parser.add_argument_group("memory")
+    memory.add_argument("--memory", action="store_true", help="estimate the device memory of generation; loads nothing")
+    memory.add_argument("--batch", type=int, default=1, metavar="N", help="rows (default: 1)")
+    memory.add_argument("--context", type=int, metavar="N", help="prompt and new tokens of a row (default: 4096)")
+    memory.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="(default: bfloat16)"
+    )
+    memory.add_argument("--kv-bits", type=int, choices=(8, 16), default=16, help="of keys and values (default: 16)")
+    memory.add_argument(
+        "--lm-head-bits", type=int, choices=(8, 16), default=16, help="of the output head (default: 16)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -34,8 +46,10 @@ def run(arguments: argparse.Namespace) -> None:
     report = None if values is None else QuantizationReport.from_dict(values)
     if report is None and (arguments.layers or arguments.plot):
         raise OptionError(f"{arguments.folder} is a {reader.kind} model: it has no 8-bit shares to show.")
+    memory = _memory(reader, arguments) if arguments.memory else None
     if arguments.json:
-        print(json.dumps(_facts(reader), indent=1))
+        facts = _facts(reader) if memory is None else _facts(reader) | {"memory": memory}
+        print(json.dumps(facts, indent=1))
     else:
         print(_describe_model(reader))
         if report is not None:
@@ -43,9 +57,22 @@ def run(arguments: argparse.Namespace) -> None:
             print(format_report(report))
         if report is not None and arguments.layers:
             print(f"\n{_layer_table(report)}")
+        if memory is not None:
+            print(f"\n{format_memory(memory)}")
     if report is not None and arguments.plot:
         plot_shares(report, reader, arguments.plot)
         print(f"wrote {arguments.plot}")
+
+
+def _memory(reader: CheckpointReader, arguments: argparse.Namespace) -> dict[str, Any]:
+    return memory_facts(
+        reader,
+        batch=arguments.batch,
+        context=arguments.context,
+        dtype=arguments.dtype,
+        kv_bits=arguments.kv_bits,
+        lm_head_bits=arguments.lm_head_bits,
+    )
 
 
 def _facts(reader: CheckpointReader) -> dict[str, Any]:
