@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -91,6 +90,7 @@ def test_calibration_form_computes_the_same_bits() -> None:
 
 def test_salience_matches_explicit_weight_gradients() -> None:
     """Eq. 4 with gradients of the weight formed by torch in float64, one sequence at a time."""
+    torch = pytest.importorskip("torch", reason="torch forms the reference gradients in float64")
     sequences, tokens, in_features, out_features = 3, 5, 64, 12
     rng = np.random.default_rng(5)
     weight = random_weight(6)
