@@ -16,10 +16,9 @@ import itertools
 import json
 import os
 import shlex
-import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ import jaxlib
 
 from pallas_kernels import registry
 from pallas_kernels.benchmark_data import bfloat16_array, copies_for, packed_weight
-from pallas_kernels.device_time import KernelTime, kernel_times, repeats_for
+from pallas_kernels.device_time import kernel_times, repeats_for
 from pallas_kernels.mixed_matmul.api import OPERATION, mixed_matmul
 from pallas_kernels.quantize_activations.api import quantize_activations
 from pallas_kernels.shapes import MODELS, parse_shape, unique_shapes
@@ -104,11 +103,16 @@ def _raise(error: Exception, *arguments: Any) -> Any:
     raise error
 
 
-def total_us(times: list[list[KernelTime]], *, without: str | None = None) -> float:
-    """Median over executions of the time of all kernels, or of those whose name does not contain `without`."""
-    return statistics.median(
-        sum(kernel.microseconds for kernel in run if without is None or without not in kernel.name) for run in times
-    )
+def total_us(times: Mapping[str, float], *, without: str | None = None) -> float:
+    """Time of all kernels, or of those whose name does not contain `without`.
+
+    Raises:
+        RuntimeError: There is no such kernel.
+    """
+    counted = [time for name, time in times.items() if without is None or without not in name]
+    if not counted:
+        raise RuntimeError(f"no kernel but {', '.join(times)}")
+    return sum(counted)
 
 
 def measure_ceilings() -> Ceilings:
@@ -185,12 +189,14 @@ def benchmark(
             argument_sets = [(inputs[m], weight) for weight in weights]
             try:
                 times = kernel_times(function, argument_sets, repeats_for(len(weights), executions_for(m)))
+                total = total_us(times)
+                matmul = total if share is None else total_us(times, without="quantize")
             except Exception as error:  # one bad case is no reason to lose the others
                 what = "bf16" if share is None else f"share {share}"
                 log(f"FAILED, left out: {n} x {k}, M = {m}, {what}: {str(error).splitlines()[0][:300]}")
                 continue
             if share is None:
-                bf16_us[m] = round(total_us(times), 2)
+                bf16_us[m] = round(total, 2)
                 continue
             if m not in bf16_us:
                 continue
@@ -205,8 +211,8 @@ def benchmark(
                     implementation=OPERATION.choose(
                         implementation, activations, weights[0], None, out_dtype=jnp.dtype(jnp.bfloat16)
                     ),
-                    quantize_matmul_us=round(total_us(times), 2),
-                    matmul_us=round(total_us(times, without="quantize"), 2),
+                    quantize_matmul_us=round(total, 2),
+                    matmul_us=round(matmul, 2),
                     bf16_us=bf16_us[m],
                     floor_us=round(ceilings.floor_us(m, n, k, weights[0].nbytes), 2),
                 )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
+import statistics
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -11,17 +13,13 @@ REPEATED_BYTES = 160e6
 """Operands to rotate among, so that they come from memory each time: several times the L2 cache of an H100 (50 MB)."""
 
 
-class KernelTime(NamedTuple):
-    """One kernel launch."""
-
-    name: str
-    microseconds: float
-
-
 def kernel_times(
     function: Callable[..., Any], argument_sets: Sequence[tuple[Any, ...]], repeats: int
-) -> list[list[KernelTime]]:
-    """The kernels of every execution of `function`, which runs `repeats` times on each set of arguments in turn.
+) -> dict[str, float]:
+    """Microseconds that one execution of `function` spends in each of its kernels, by the kernel's name.
+
+    The median launch of a kernel times its launches per execution. Launches are told apart by name and not by their
+    place in the list: CUPTI hands records out as its buffers fill up, which is not always the order of the launches.
 
     Args:
         function: Compiled, so that nothing but its kernels runs.
@@ -46,11 +44,13 @@ def kernel_times(
     finally:
         timings = cupti._cupti_get_timings(False)
     executions = repeats * len(argument_sets)
-    if not timings or len(timings) % executions:
-        raise RuntimeError(f"{len(timings)} kernels were timed in {executions} executions; expected a multiple")
-    per_execution = len(timings) // executions
-    launches = [KernelTime(name, milliseconds * 1e3) for name, milliseconds in timings]
-    return [launches[start : start + per_execution] for start in range(0, len(launches), per_execution)]
+    launches: dict[str, list[float]] = collections.defaultdict(list)
+    for name, milliseconds in timings or ():
+        launches[name].append(milliseconds * 1e3)
+    counts = {name: len(times) for name, times in launches.items()}
+    if not counts or any(count % executions for count in counts.values()):
+        raise RuntimeError(f"in {executions} executions these kernels were timed: {counts}; expected multiples")
+    return {name: statistics.median(times) * len(times) / executions for name, times in launches.items()}
 
 
 def repeats_for(sets: int, executions: int) -> int:

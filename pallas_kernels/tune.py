@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -105,7 +104,7 @@ def tune(
                 times = kernel_times(
                     function, [(activations, weight) for weight in weights], repeats_for(len(weights), EXECUTIONS)
                 )
-                rows.append((statistics.median(sum(k.microseconds for k in launch) for launch in times), config))
+                rows.append((sum(times.values()), config))
             rows.sort(key=lambda row: row[0])
             log(f"M={m} N={n} K={k} share={share}: " + "".join(f"\n  {us:.2f} {config}" for us, config in rows[:shown]))
             entries += [configs.Entry(m, n, k, group_size, share, config, round(us, 2)) for us, config in rows[:1]]
