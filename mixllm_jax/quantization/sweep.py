@@ -51,7 +51,7 @@ def quantize_blocks(
     """Writes the quantised part of every block that ``writer`` does not have yet.
 
     Raises:
-        MixLLMError: activations are not finite.
+        MixLLMError: weights or activations are not finite.
     """
     num_layers = model.config.num_layers
     for layer in range(num_layers):
@@ -61,6 +61,7 @@ def quantize_blocks(
             continue
         progress.describe(f"quantising block {layer + 1}/{num_layers}")
         parameters = model.read_layer(layer)
+        _check_finite(model, layer, parameters)
         masks = {name: eight_bit[layer, name] for name in LINEAR_NAMES}
         if scheme.method == "gptq":
             packed = _gptq_block(model, scheme, layer, parameters, masks, writer)
@@ -76,6 +77,15 @@ def quantize_blocks(
 
 
 _round = jax.jit(round_to_nearest, static_argnums=2)
+
+
+def _check_finite(model: StreamedModel, layer: int, parameters: Mapping[str, Any]) -> None:
+    for path, value in parameters.items():
+        if not np.isfinite(value.astype(np.float32)).all():
+            raise MixLLMError(
+                f"{model.reader.path}: {path} of block {layer} holds values that are not finite: the model is damaged, "
+                "convert it again"
+            )
 
 
 def _weight_path(linear: str) -> str:
