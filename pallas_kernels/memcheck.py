@@ -5,9 +5,11 @@ compute-sanitizer --tool memcheck --error-exitcode 1 python -m pallas_kernels.me
 
 from __future__ import annotations
 
-import itertools
+import functools
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 # One allocation for each array, so that an access past its end leaves the memory that belongs to the program.
 os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
@@ -16,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import registry
+from pallas_kernels.benchmark import compile_all
 from pallas_kernels.benchmark_data import bfloat16_array, packed_weight
 from pallas_kernels.mixed_matmul import pallas_triton
 from pallas_kernels.mixed_matmul.api import OPERATION, mixed_matmul
@@ -41,26 +44,33 @@ def main() -> int:
         print("this needs an NVIDIA GPU that JAX sees", file=sys.stderr)
         return 1
     names = [name for name in OPERATION.implementations if name not in ("xla", "triton_interpret")]
+    jobs: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
     for tokens, n, k, group_size, share in SIZES:
         x = bfloat16_array((tokens, k), tokens)
         weight = packed_weight(n, k, group_size, share, tokens)
         bias = jnp.ones((n,), jnp.float32)
-        activations = quantize_activations(x, group_size, implementation="triton")
-        results: list[object] = [
-            rms_norm_quantize(x, x[0], 1e-5, group_size, residual=residual, implementation="triton")
-            for residual in (None, x)
-        ]
-        results.append(swiglu_quantize(bfloat16_array((tokens, 2 * k), n), group_size, implementation="triton"))
-        for name, used_bias in itertools.product(names, (None, bias)):
-            arguments = (activations, weight, used_bias)
+        quantize = functools.partial(quantize_activations, group_size=group_size, implementation="triton")
+        activations = quantize(x)
+        norm = functools.partial(rms_norm_quantize, epsilon=1e-5, group_size=group_size, implementation="triton")
+        swiglu = functools.partial(swiglu_quantize, group_size=group_size, implementation="triton")
+        jobs.append((swiglu, (bfloat16_array((tokens, 2 * k), n),)))
+        jobs.append((lambda x, weight, norm=norm: norm(x, weight), (x, x[0])))
+        jobs.append((lambda x, weight, norm=norm: norm(x, weight, residual=x), (x, x[0])))
+        for name in names:
+            arguments = (activations, weight, bias)
             if OPERATION.implementations[name].refuses(*arguments, out_dtype=jnp.dtype(jnp.bfloat16)) is None:
-                results.append(mixed_matmul(*arguments, out_dtype=jnp.bfloat16, implementation=name))
-        results += [
-            pallas_triton.mixed_matmul(activations, weight, bias, out_dtype=jnp.float32, config=config)
+                run = functools.partial(mixed_matmul, out_dtype=jnp.bfloat16, implementation=name)
+                jobs += [(run, arguments), (run, (activations, weight))]
+        jobs += [
+            (
+                functools.partial(pallas_triton.mixed_matmul, out_dtype=jnp.float32, config=config),
+                (activations, weight, bias),
+            )
             for config in CONFIGS
         ]
-        jax.block_until_ready(results)
-        print(f"ran {tokens} x {n} x {k}, groups of {group_size}, {share:.0%} 8-bit", flush=True)
+    for function, (_, arguments) in zip(compile_all(jobs), jobs, strict=True):
+        jax.block_until_ready(function(*arguments))
+    print(f"ran {len(jobs)} kernels on odd shapes")
     return 0
 
 
