@@ -1,7 +1,7 @@
 """Measures one model in one scheme: `python -m mixllm_jax.benchmark.worker PLAN`, one line of JSON for each result.
 
 A process of its own, so that the peak of the device's memory is that of this model. All programs are compiled first, in
-parallel and before the weights are there; the compile cache hands them to the engine later.
+parallel and before the weights are there; the compile cache hands those of the prefill to the engine later.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def build_model(plan: Plan) -> Decoder:
 class Bench:
     """The engine with the fixed inputs of the measurements."""
 
-    def __init__(self, model: Decoder, plan: Plan) -> None:
+    def __init__(self, model: Decoder, plan: Plan, programs: dict[tuple[int, int], jax.stages.Compiled]) -> None:
+        self.programs = programs
         self.engine = Engine(model, kv_bits=plan.kv_bits)
         self.plan = plan
         self.sampler = Sampler.from_settings(SamplingSettings())
@@ -76,10 +77,11 @@ class Bench:
         return DecodeState(cache, ints, ints, active)
 
     def compile_decode(self, batch: int, context: int) -> None:
-        """Puts the program into the compile cache."""
+        """Makes the program of a decode case."""
         state = self.abstract_state(batch, context)
         keys = jax.eval_shape(lambda: self.row_keys(batch))
-        decode.lower(self.engine.model, state, self.sampler, self.stop, keys, DECODE_CHUNK).compile()
+        lowered = decode.lower(self.engine.model, state, self.sampler, self.stop, keys, DECODE_CHUNK)
+        self.programs[batch, context] = lowered.compile()
 
     def compile_prefill(self, prompt: int, context: int) -> None:
         """Puts the programs of a prompt into the compile cache."""
@@ -97,9 +99,13 @@ class Bench:
 
     def run_decode(self, state: DecodeState, chunks: int) -> DecodeState:
         """Decodes `chunks * DECODE_CHUNK` steps as the engine does, and waits for the end."""
-        keys = self.row_keys(state.token.shape[0])
+        batch = state.token.shape[0]
+        keys = self.row_keys(batch)
+        if (batch, state.cache.max_length) not in self.programs:
+            self.compile_decode(batch, state.cache.max_length)
+        program = self.programs[batch, state.cache.max_length]
         for _ in range(chunks):
-            state, tokens = decode(self.engine.model, state, self.sampler, self.stop, keys, DECODE_CHUNK)
+            state, tokens = program(self.engine.model, state, self.sampler, self.stop, keys)
         tokens.block_until_ready()
         return state
 
@@ -111,11 +117,15 @@ class Bench:
         """Positions that are there before a decode case: it ends, after a chunk to warm up, where the cache is full."""
         return context - (self.decode_chunks(context) + 1) * DECODE_CHUNK
 
+    def prompt_before(self, context: int) -> int:
+        """The longest of the plan's prompts that fits into a context; a prompt of its own would be more programs."""
+        return max((prompt for prompt in self.plan.prompts if prompt < context), default=0)
+
     def decode_case(self, batch: int, context: int, bandwidth: float) -> dict[str, Any]:
-        """Speed of the last steps before `context`; with one row, a prefill runs first, for the peak of memory."""
+        """Speed of the last steps before `context`; with one row, a prefill may run first, for the peak of memory."""
         chunks, start = self.decode_chunks(context), self.decode_start(context)
-        if batch == 1:
-            self.time_to_first_token(start, context)
+        if batch == 1 and (prompt := self.prompt_before(context)):
+            self.time_to_first_token(prompt, context)
         state = self.run_decode(self.filled_state(batch, context, start), 1)
         began = time.perf_counter()
         state = self.run_decode(state, chunks)
@@ -174,18 +184,19 @@ def _peak_memory() -> float | None:
     return None if statistics_ is None else round(statistics_["peak_bytes_in_use"] / GB, 3)
 
 
-def compile_all(plan: Plan, cases: list[tuple[int, int]]) -> None:
-    """Compiles every program on all cores; failures show again when the case runs."""
-    model = jax.eval_shape(lambda: build_model(plan))
-    bench = Bench(model, plan)
+def compile_all(plan: Plan, cases: list[tuple[int, int]]) -> dict[tuple[int, int], jax.stages.Compiled]:
+    """Compiles every program on all cores and returns those for decoding; failures show again when the case runs."""
+    bench = Bench(jax.eval_shape(lambda: build_model(plan)), plan, {})
     jobs: list[Callable[[], None]] = [lambda case=case: bench.compile_decode(*case) for case in cases]  # type: ignore[misc]
     prefills = {(prompt, bench.engine.cache_length(prompt + 1)) for prompt in plan.prompts}
-    prefills |= {(bench.decode_start(context), context) for batch, context in cases if batch == 1}
+    before = {(bench.prompt_before(context), context) for batch, context in cases if batch == 1}
+    prefills |= {(prompt, context) for prompt, context in before if prompt}
     jobs += [lambda case=case: bench.compile_prefill(*case) for case in prefills]  # type: ignore[misc]
-    with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:
+    with concurrent.futures.ThreadPoolExecutor(max_workers=16) as pool:
         for future in [pool.submit(job) for job in jobs]:
             if (error := future.exception()) is not None:
                 note(f"  compiling failed: {type(error).__name__}: {str(error)[:300]}")
+    return bench.programs
 
 
 def main() -> None:
@@ -197,10 +208,11 @@ def main() -> None:
     emit("device", {"kind": jax.devices()[0].device_kind, "read_bandwidth_tb_s": round(bandwidth / 1e12, 3)})
     # The cheapest first, so that the peak of memory so far is that of the case.
     cases = sorted(((batch, context) for batch in plan.batches for context in plan.contexts), key=lambda c: c[0] * c[1])
+    programs: dict[tuple[int, int], jax.stages.Compiled] = {}
     if plan.scheme != "stored":
-        compile_all(plan, cases)
+        programs = compile_all(plan, cases)
         note(f"  compiled after {time.monotonic() - began:.0f} s")
-    bench = Bench(jax.block_until_ready(build_model(plan)), plan)
+    bench = Bench(jax.block_until_ready(build_model(plan)), plan, programs)
     note(f"  weights there after {time.monotonic() - began:.0f} s")
 
     def guarded(what: str, measure: Callable[[], None]) -> None:
