@@ -58,8 +58,7 @@ class CheckpointWriter:
         self._metadata: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             **json.loads(json.dumps(metadata)),
-            "tool_versions": {name: _version(name) for name in _TOOLS}
-            | {"python": platform.python_version()},
+            "tool_versions": {name: _version(name) for name in _TOOLS} | {"python": platform.python_version()},
         }
         self._check_target(overwrite)
         with _readable_os_errors(self.out_dir):
