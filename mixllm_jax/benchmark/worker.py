@@ -218,9 +218,8 @@ def main() -> None:
     def guarded(what: str, measure: Callable[[], None]) -> None:
         try:
             measure()
-        except Exception as error:  # one case must not cost the others their figures; it is reported and stored
+        except Exception as error:  # one case must not cost the others their figures
             note(f"  {what} failed: {type(error).__name__}: {str(error)[:400]}")
-            emit("failure", {"case": what, "error": f"{type(error).__name__}: {str(error)[:400]}"})
 
     def first_token_case(prompt: int) -> None:
         milliseconds = bench.time_to_first_token(prompt, bench.engine.cache_length(prompt + 1))
