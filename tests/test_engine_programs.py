@@ -8,6 +8,7 @@ import pytest
 
 from mixllm_jax.benchmark.cases import Plan, Results
 from mixllm_jax.benchmark.worker import Bench
+from mixllm_jax.cli import main as cli
 from mixllm_jax.generation.engine import DECODE_CHUNK
 from mixllm_jax.generation.memory import weight_bytes
 from mixllm_jax.models.config import ModelConfig
@@ -73,3 +74,17 @@ def test_results_keep_what_an_earlier_run_found(tmp_path):
     ]
     assert Results(path, {}).profiles == again.profiles
     assert plan == Plan.from_json(plan.to_json())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "either a model folder or --random-weights"),
+        (["somewhere", "--random-weights", "llama-3.1-8b"], "either a model folder or --random-weights"),
+        (["--random-weights", "llama-9"], r"no model 'llama-9'"),
+        (["--random-weights", "llama-3.1-8b", "--schemes", "W3A8"], "unknown scheme 'W3A8'"),
+    ],
+)
+def test_benchmark_refuses_what_it_cannot_measure(arguments, message, capsys):
+    assert cli.main(["benchmark", *arguments]) == 1
+    assert re.search(message, capsys.readouterr().err)
