@@ -22,7 +22,6 @@ from mixllm_jax.models.config import ModelConfig
 from mixllm_jax.models.decoder import Decoder
 from mixllm_jax.models.parameters import Execution
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 Message = dict[str, str]
 """One turn of a conversation: `{"role": "system" | "user" | "assistant", "content": TEXT}`."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -44,15 +45,24 @@ class Operation:
     def choose(self, implementation: str, *args: Any, **kwargs: Any) -> str:
         """Name of the implementation that will compute these arguments.
 
+        Where `auto` finds no kernel on a GPU that can, it takes the XLA reference and warns, with the reasons.
+
         Raises:
             ValueError: Unknown implementation.
             NotImplementedError: The implementation asked for cannot run; says why.
         """
         if implementation == "auto":
-            names = self.prefer(*args, **kwargs) if default_platform() == "gpu" else ()
-            for name in names:
-                if self.implementations[name].refuses(*args, **kwargs) is None:
+            reasons = []
+            for name in self.prefer(*args, **kwargs) if default_platform() == "gpu" else ():
+                reason = self.implementations[name].refuses(*args, **kwargs)
+                if reason is None:
                     return name
+                reasons.append(f"{name}: {reason}")
+            if reasons:  # Python shows the same warning once
+                warnings.warn(
+                    f"{self.name}: no kernel can run ({'; '.join(reasons)}), so the exact but slow XLA reference does",
+                    stacklevel=3,
+                )
             return "xla"
         if implementation not in self.implementations:
             known = ", ".join(["auto", *self.implementations])

@@ -4,6 +4,8 @@ Interpret mode runs the Triton kernels on the CPU, slowly, so that it gets only 
 lists run, compiled.
 """
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -333,3 +335,21 @@ def test_quantizers_refuse_bad_input():
         swiglu_quantize(jnp.zeros((2, 128), jnp.int32), 64)
     with pytest.raises(ValueError, match="residual must be like x"):
         rms_norm_quantize(jnp.zeros((2, 64)), jnp.ones(64), 1e-5, 64, residual=jnp.zeros((1, 64)))
+
+
+def test_auto_without_a_kernel_says_so(monkeypatch: pytest.MonkeyPatch):
+    operation = registry.Operation(
+        name="negate",
+        implementations={
+            "triton": registry.Implementation(lambda x: -x, lambda x: "the chip is too old"),
+            "xla": registry.Implementation(lambda x: -x, registry.never_refuses),
+        },
+        prefer=lambda x: ("triton",),
+    )
+    monkeypatch.setattr(registry, "default_platform", lambda: "cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # on a CPU the reference is what auto means
+        assert operation.choose("auto", 1) == "xla"
+    monkeypatch.setattr(registry, "default_platform", lambda: "gpu")
+    with pytest.warns(UserWarning, match="negate: no kernel can run .triton: the chip is too old"):
+        assert operation.choose("auto", 1) == "xla"
