@@ -42,6 +42,10 @@ class Progress:
 
     def skip(self, units: float) -> None:
         """Counts work that an earlier run did; it does not make the rate look faster."""
-        if not self._bar.disable:  # a bar that is not drawn has no such attribute
-            self._bar.initial += units
-        self._bar.update(units)
+        if self._bar.disable:  # a bar that is not drawn keeps no count
+            return
+        # Not by update(): its moving average would take this for work done in no time.
+        self._bar.initial += units
+        self._bar.n += units
+        self._bar.last_print_n += units
+        self._bar.refresh()
