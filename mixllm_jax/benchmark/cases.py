@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 KEY = ("model", "scheme", "batch", "context", "kv_bits", "lm_head_bits")
-"""The fields that identify a row."""
+"""The fields that identify a row; a profile has its `phase` besides, `decode` or `prefill`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Plan:
         kv_bits: 16 or 8.
         lm_head_bits: 16 or 8.
         decode_steps: Timed decode steps.
-        profile: Whether to profile a decode step of the first batch and context.
+        profile: Whether to profile a decode step of every batch at the first context, and the prefill of one prompt.
     """
 
     model: str
@@ -85,9 +85,10 @@ class Results:
         self._write()
 
     def add_profile(self, profile: dict[str, Any]) -> None:
-        """Stores the profile of a decode step in place of an older one of the same case."""
-        key = [profile[name] for name in KEY]
-        self.profiles = [old for old in self.profiles if [old[name] for name in KEY] != key] + [profile]
+        """Stores the profile of a decode step or a prefill in place of an older one of the same case."""
+        key = [profile.get(name) for name in (*KEY, "phase")]
+        others = [old for old in self.profiles if [old.get(name) for name in (*KEY, "phase")] != key]
+        self.profiles = [*others, profile]
         self._write()
 
     def _write(self) -> None:

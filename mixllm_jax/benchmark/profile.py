@@ -79,7 +79,7 @@ def summarize(kernels: Iterable[Kernel], graph_launches: int, steps: int) -> dic
         | {"gaps": round(1 - busy / span, 4)},
         "kernels_per_step": round(len(ordered) / steps, 1),
         "graph_launches_per_step": round(graph_launches / steps, 2),
-        "kernels_us_per_step": {name: round(time / steps / 1e3, 1) for name, time in _largest_first(by_name)[:12]},
+        "kernels_us_per_step": {name: round(time / steps / 1e3, 1) for name, time in _largest_first(by_name)[:16]},
     }
 
 

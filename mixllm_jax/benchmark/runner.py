@@ -36,7 +36,9 @@ def run_plans(plans: Sequence[Plan], results: Results, *, transformers_batches: 
         failures += _run(["-m", "mixllm_jax.benchmark.worker", plan.to_json()], results, flags)
     if transformers_batches:
         print("transformers bf16", file=sys.stderr)
-        settings = {"model": plans[0].model, "batches": list(transformers_batches)}
+        settings: dict[str, Any] = {"model": plans[0].model, "batches": list(transformers_batches)}
+        if (bandwidth := results.header["read_bandwidth_tb_s"]) is not None:
+            settings["read_bandwidth"] = 1e12 * bandwidth
         failures += _run(["-m", "mixllm_jax.benchmark.transformers_baseline", json.dumps(settings)], results)
     return failures
 

@@ -7,6 +7,7 @@ parallel and before the weights are there; the compile cache hands those of the 
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import json
 import statistics
 import sys
@@ -31,6 +32,8 @@ from mixllm_jax.models.random_weights import WeightFormat, random_array, random_
 from pallas_kernels.kv_cache import LayerCache
 
 _PREFILL_REPEATS = 3
+_PROFILED_PROMPT = 2048
+"""The longest prompt of the plan up to this is profiled."""
 
 
 def emit(kind: str, value: dict[str, Any]) -> None:
@@ -141,22 +144,33 @@ class Bench:
 
     def time_to_first_token(self, prompt: int, context: int) -> float:
         """Milliseconds from a prompt on the host to its first token on the host, median."""
-        tokens = np.random.default_rng(1).integers(0, self.engine.model.config.vocab_size, prompt).tolist()
-        keys = self.row_keys(1)
         times = []
         for _ in range(_PREFILL_REPEATS + 1):
-            cache = jax.block_until_ready(KVCache.zeros(self.engine.model.config, 1, context, self.engine.cache_dtype))
+            cache = self.empty_cache(context)
             began = time.perf_counter()
-            cache, logits = self.engine.prefill(cache, [tokens], held=0)
-            np.asarray(first_token(self.sampler, self.stop, keys, logits)[0])
+            self.first_token(prompt, cache)
             times.append(time.perf_counter() - began)
-            del cache, logits
         return 1e3 * statistics.median(times[1:])
+
+    def empty_cache(self, context: int) -> KVCache:
+        """A cache for one row."""
+        return jax.block_until_ready(KVCache.zeros(self.engine.model.config, 1, context, self.engine.cache_dtype))
+
+    def first_token(self, prompt: int, cache: KVCache) -> np.ndarray[Any, Any]:
+        """The token after a random prompt, on the host."""
+        tokens = np.random.default_rng(1).integers(0, self.engine.model.config.vocab_size, prompt).tolist()
+        _, logits = self.engine.prefill(cache, [tokens], held=0)
+        return np.asarray(first_token(self.sampler, self.stop, self.row_keys(1), logits)[0])
 
     def profile_decode(self, batch: int, context: int) -> dict[str, Any]:
         """Where the time of a step goes."""
         state = self.run_decode(self.filled_state(batch, context, context - 4 * DECODE_CHUNK), 1)
         return profile(lambda: self.run_decode(state, 2).token, 2 * DECODE_CHUNK)
+
+    def profile_prefill(self, prompt: int, context: int) -> dict[str, Any]:
+        """Where the time to the first token goes."""
+        cache = self.empty_cache(context)
+        return profile(lambda: self.first_token(prompt, cache), 1)
 
 
 def _random_layer(layer: LayerCache, seed: np.uint32) -> LayerCache:
@@ -229,16 +243,23 @@ def main() -> None:
         require_memory(bench.engine.estimate_memory, batch, context, device_memory())
         emit("row", plan.row(batch, context, **bench.decode_case(batch, context, bandwidth)))
 
-    def profile_case(batch: int, context: int) -> None:
+    def profile_case(batch: int, context: int, phase: str, measure: Callable[[], dict[str, Any]]) -> None:
         identity = {k: v for k, v in plan.row(batch, context).items() if v is not None}
-        emit("profile", identity | bench.profile_decode(batch, context))
+        emit("profile", identity | {"phase": phase} | measure())
 
     for batch, context in cases:
         guarded(f"batch {batch}, context {context}", lambda: decode_case(batch, context))  # noqa: B023 (called at once)
     for prompt in sorted(plan.prompts):
         guarded(f"prompt {prompt}", lambda: first_token_case(prompt))  # noqa: B023 (called at once)
-    if plan.profile:
-        guarded("profile", lambda: profile_case(plan.batches[0], plan.contexts[0]))
+    for batch in plan.batches if plan.profile else ():
+        context = plan.contexts[0]
+        step = functools.partial(bench.profile_decode, batch, context)
+        guarded("profile", functools.partial(profile_case, batch, context, "decode", step))
+    prompts = [prompt for prompt in plan.prompts if prompt <= _PROFILED_PROMPT]
+    if plan.profile and prompts:
+        prompt = max(prompts)
+        step = functools.partial(bench.profile_prefill, prompt, bench.engine.cache_length(prompt + 1))
+        guarded("profile", functools.partial(profile_case, 1, prompt, "prefill", step))
     note(f"  done after {time.monotonic() - began:.0f} s")
 
 

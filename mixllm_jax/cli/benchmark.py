@@ -48,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lm-head-bits", type=int, choices=(8, 16), default=16, help="bits of the output head")
     parser.add_argument("--profile", action="store_true", help="also profile a decode step of the first case")
     parser.add_argument(
-        "--compare-transformers", action="store_true", help="also measure transformers in bf16 (needs torch with CUDA)"
+        "--compare-transformers",
+        action="store_true",
+        help="also measure transformers in bf16 on the same shapes, within 220 s (needs torch with CUDA)",
     )
     parser.add_argument(
         "--out",
@@ -66,6 +68,12 @@ def run(arguments: argparse.Namespace) -> None:
 
     if (arguments.folder is None) == (arguments.random_weights is None):
         raise OptionError("give either a model folder or --random-weights NAME")
+    if arguments.compare_transformers:
+        from mixllm_jax.benchmark.transformers_baseline import require_torch
+
+        if arguments.random_weights is None:
+            raise OptionError("--compare-transformers runs on random weights: give --random-weights NAME")
+        require_torch()
     if arguments.random_weights is not None:
         from mixllm_jax.models.presets import preset
         from mixllm_jax.models.random_weights import WeightFormat
