@@ -1,6 +1,6 @@
 """Which kernel and which tile sizes to use: tuned tables by device kind, and rules where there is none.
 
-`python -m pallas_kernels.tune` writes a table; a call uses the entry of the nearest tuned case.
+`python -m pallas_kernels.tune` writes a table; a call uses the entry whose configuration should be fastest for it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_config
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MosaicGpuConfig
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MULTIPROCESSORS, MosaicGpuConfig
 from pallas_kernels.mixed_matmul.triton_few_tokens import FewTokensConfig
 from pallas_kernels.mixed_matmul.triton_many_tokens import ManyTokensConfig
 from pallas_kernels.mixed_matmul.triton_tiles import Problem
@@ -23,6 +23,9 @@ TABLE_DIR = Path(__file__).parent / "tuned"
 
 Config = FewTokensConfig | ManyTokensConfig
 """Settings of a Triton kernel."""
+
+WARPS_OF_FEW_TOKENS = 16
+"""Warps of the Triton kernel for few tokens that the registers of a multiprocessor hold at once."""
 
 _KERNELS: dict[str, type[Any]] = {
     "few_tokens": FewTokensConfig,
@@ -59,6 +62,12 @@ class Entry:
         return self.tokens, self.n, self.k, self.group_size, self.share_8bit
 
     @property
+    def problem(self) -> Problem:
+        """The sizes of the case."""
+        n8 = round(self.n * self.share_8bit)
+        return Problem(self.tokens, self.k, self.group_size, self.n - n8, n8)
+
+    @property
     def implementation(self) -> str:
         """Name in the registry of the implementation that the configuration is for."""
         return "mosaic_gpu" if isinstance(self.config, MosaicGpuConfig) else "triton"
@@ -83,8 +92,10 @@ def table_path(device_kind: str) -> Path:
 
 @functools.cache
 def read_table(device_kind: str) -> tuple[Entry, ...]:
-    """Entries tuned for a device; none for an unknown one."""
+    """Entries tuned for a device, those of an H100 for its relatives without a table; none for an unknown one."""
     path = table_path(device_kind)
+    if not path.exists() and re.search(r"\bG?H[128]00\b", device_kind):
+        path = table_path("NVIDIA H100 80GB HBM3")
     if not path.exists():
         return ()
     return tuple(Entry.from_json(row) for row in json.loads(path.read_text())["entries"])
@@ -92,11 +103,12 @@ def read_table(device_kind: str) -> tuple[Entry, ...]:
 
 def write_table(device_kind: str, entries: list[Entry], versions: dict[str, str]) -> Path:
     """Write a table, replacing entries of the same cases and implementations in an existing one."""
-    by_case = {(entry.case, entry.implementation): entry for entry in (*read_table(device_kind), *entries)}
+    path = table_path(device_kind)
+    existing = read_table(device_kind) if path.exists() else ()
+    by_case = {(entry.case, entry.implementation): entry for entry in (*existing, *entries)}
     rows = sorted(
         by_case.values(), key=lambda entry: (entry.n, entry.k, entry.share_8bit, entry.tokens, entry.implementation)
     )
-    path = table_path(device_kind)
     path.parent.mkdir(exist_ok=True)
     partial = path.with_suffix(".partial")
     lines = ",\n".join("  " + json.dumps(entry.to_json()) for entry in rows)
@@ -108,47 +120,93 @@ def write_table(device_kind: str, entries: list[Entry], versions: dict[str, str]
 
 
 def choose(problem: Problem, device_kind: str, implementation: str = "triton") -> Any:
-    """The implementation's configuration of the nearest tuned case, or what its rule gives where there is no table."""
-    entry = _nearest(problem, device_kind, implementation)
-    if entry is not None:
-        return entry.config
+    """The implementation's configuration that should be fastest, or what its rule gives where there is no table."""
+    best = _best(problem, device_kind, implementation)
+    if best is not None:
+        return best.entry.config
     return pallas_mosaic_gpu_config.default(problem) if implementation == "mosaic_gpu" else default(problem)
 
 
 def by_speed(problem: Problem, device_kind: str) -> tuple[str, str]:
     """The GPU implementations, the one that should be faster first.
 
-    Where both were tuned for the nearest case, their measured times decide; otherwise Mosaic GPU comes first from 9
-    tokens on, where its dots of 64 channels have enough tokens to work on.
+    Without a table, Mosaic GPU comes first from 9 tokens on: its dots of 64 channels then have tokens to work on.
     """
-    mosaic, triton = (_nearest(problem, device_kind, name) for name in ("mosaic_gpu", "triton"))
-    if mosaic is not None and triton is not None and mosaic.case == triton.case:
+    mosaic, triton = (_best(problem, device_kind, name) for name in ("mosaic_gpu", "triton"))
+    if mosaic is not None and triton is not None:
         mosaic_first = mosaic.microseconds < triton.microseconds
     else:
         mosaic_first = problem.tokens > 8
     return ("mosaic_gpu", "triton") if mosaic_first else ("triton", "mosaic_gpu")
 
 
-def _nearest(problem: Problem, device_kind: str, implementation: str) -> Entry | None:
-    """The nearest tuned case of an implementation, or None on a device without a table."""
-    entries = [
-        entry
-        for entry in read_table(device_kind)
-        if entry.group_size == problem.group_size and entry.implementation == implementation
-    ]
-    return min(entries, key=functools.partial(_distance, problem), default=None)
+class _Estimate(NamedTuple):
+    """What an entry's configuration should take for another problem."""
+
+    microseconds: float
+    entry: Entry
 
 
-def _distance(problem: Problem, entry: Entry) -> tuple[float, float]:
-    """Tuned numbers of tokens that are too small count as far away, since their tiles would be read again and again.
+RAMP = 2.0
+"""Microseconds of a launch that do not depend on the size: first loads to arrive, last outputs to be stored."""
 
-    The output channels, which say how many programs there are, weigh more than the input channels.
+UNCERTAINTY = 0.02
+"""Share by which an estimate grows with each unit of `_distance`: of about equal ones, the nearest case counts."""
+
+
+def _best(problem: Problem, device_kind: str, implementation: str) -> _Estimate | None:
+    """The entry with the least estimate, or None on a device without a table.
+
+    But for a constant, the time of an entry carries over in proportion to its waves of tiles times the groups of a tile
+    or to what is read of the weight, whichever gives more: so a configuration is only taken where its tiles fill the
+    multiprocessors. A case that was tuned is its own estimate.
     """
-    ratio = math.log2(problem.tokens / entry.tokens)
-    tokens = ratio * 4 if ratio > 0 else -ratio
-    channels = abs(math.log2(problem.out_features / entry.n)) / 4 + abs(math.log2(problem.in_features / entry.k)) / 8
+    entries = [entry for entry in read_table(device_kind) if entry.implementation == implementation]
+    estimates = [
+        _Estimate(_estimate(problem, entry) * (1 + UNCERTAINTY * _distance(problem, entry)), entry)
+        for entry in entries
+        if entry.group_size == problem.group_size or not any(e.group_size == problem.group_size for e in entries)
+    ]
+    return min(estimates, key=lambda estimate: (estimate.entry.problem != problem, estimate.microseconds), default=None)
+
+
+def _estimate(problem: Problem, entry: Entry) -> float:
+    """Microseconds of an entry's configuration for a problem."""
+    own = entry.problem
+    computing = waves(entry.config, problem) * problem.num_groups / (waves(entry.config, own) * own.num_groups)
+    reading = _weight_reads(entry.config, problem) / _weight_reads(entry.config, own)
+    return RAMP + (entry.microseconds - RAMP) * max(computing, reading)
+
+
+def waves(config: Config | MosaicGpuConfig, problem: Problem) -> float:
+    """Times that a multiprocessor computes a tile, or as many as fit it at once; at least 1.
+
+    Programs of the Triton kernels start whenever one ends, so that a last wave may be partly filled at no loss.
+    """
+    if isinstance(config, MosaicGpuConfig):
+        channels = math.ceil(problem.n4 / config.tile_channels) + math.ceil(problem.n8 / config.tile_channels)
+        return math.ceil(channels * math.ceil(problem.tokens / config.tile_tokens) / MULTIPROCESSORS)
+    if isinstance(config, FewTokensConfig):
+        tiles = math.prod((sum(config.tiles(problem)[:2]), config.tiles(problem)[2], config.splits))
+        resident = max(1, WARPS_OF_FEW_TOKENS // config.warps)
+    else:
+        channels = math.ceil(problem.n4 / config.rows) + math.ceil(problem.n8 / config.rows)
+        tiles, resident = channels * math.ceil(problem.tokens / config.tokens), 2
+    return max(1.0, tiles / (MULTIPROCESSORS * resident))
+
+
+def _weight_reads(config: Config | MosaicGpuConfig, problem: Problem) -> float:
+    """Bits of the weight that are read: by the first tile of tokens, and at half the cost by the others."""
+    tile_tokens = config.tile_tokens if isinstance(config, MosaicGpuConfig) else config.tokens
+    bits = problem.in_features * (4 * problem.n4 + 8 * problem.n8)
+    return bits * (1 + math.ceil(problem.tokens / tile_tokens)) / 2
+
+
+def _distance(problem: Problem, entry: Entry) -> float:
+    """How unlike a tuned case is to the problem: powers of two in its sizes, and the share of 8-bit channels."""
+    sizes = ((problem.tokens, entry.tokens), (problem.out_features, entry.n), (problem.in_features, entry.k))
     share = abs(problem.n8 / problem.out_features - entry.share_8bit)
-    return tokens + channels + share, channels
+    return sum(abs(math.log2(size / tuned)) for size, tuned in sizes) + share
 
 
 def default(problem: Problem) -> Config:

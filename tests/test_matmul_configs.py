@@ -1,0 +1,101 @@
+"""Which configuration of the matmul is taken for shapes that were, and were not, tuned."""
+
+import json
+
+import pytest
+
+from pallas_kernels.mixed_matmul import configs
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MosaicGpuConfig
+from pallas_kernels.mixed_matmul.triton_few_tokens import FewTokensConfig
+from pallas_kernels.mixed_matmul.triton_many_tokens import ManyTokensConfig
+from pallas_kernels.mixed_matmul.triton_tiles import Problem
+
+WIDE = MosaicGpuConfig(128, 2, 6, 2, parts=2)
+NARROW = MosaicGpuConfig(64, 1, 8, 4, parts=1)
+TRITON = FewTokensConfig(16, 8, 8, 1, 1, "none")
+
+
+def problem(m: int, n: int, k: int, share: float = 0.0, group_size: int = 128) -> Problem:
+    n8 = round(n * share)
+    return Problem(m, k, group_size, n - n8, n8)
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch):
+    """Sets the entries of the table."""
+
+    def use(*entries: configs.Entry) -> None:
+        monkeypatch.setattr(configs, "read_table", lambda device_kind: entries)
+
+    return use
+
+
+def test_a_tuned_case_gets_what_was_tuned(table):
+    table(
+        configs.Entry(128, 4096, 4096, 128, 0.0, NARROW, 50.0),
+        configs.Entry(256, 4096, 4096, 128, 0.0, WIDE, 20.0),  # would do 128 tokens in 20 us
+    )
+    assert configs.choose(problem(128, 4096, 4096), "any", "mosaic_gpu") is NARROW
+    assert configs.choose(problem(256, 4096, 4096), "any", "mosaic_gpu") is WIDE
+
+
+def test_tiles_that_leave_multiprocessors_idle_are_not_taken(table):
+    # 132 tiles of 128 x 128, one wave, in 30 us; the same work in 64 x 64 takes 36 us.
+    table(
+        configs.Entry(512, 4224, 4096, 128, 0.0, WIDE, 30.0),
+        configs.Entry(512, 4224, 4096, 128, 0.0, NARROW, 36.0),
+    )
+    # 136 tiles are a second, empty wave; 544 tiles of 64 x 64 are 5 waves instead of 4.
+    assert configs.waves(WIDE, problem(512, 4352, 4096)) == 2
+    assert configs.choose(problem(512, 4352, 4096), "any", "mosaic_gpu") is NARROW
+    # 4 x 66 tiles fill two waves.
+    assert configs.choose(problem(512, 8448, 4096), "any", "mosaic_gpu") is WIDE
+
+
+def test_the_implementation_with_the_lower_estimate_comes_first(table):
+    table(
+        configs.Entry(1, 4096, 4096, 128, 0.0, TRITON, 6.0),
+        configs.Entry(1, 28672, 4096, 128, 0.0, MosaicGpuConfig(8, 1, 8, 4, parts=1), 25.0),
+    )
+    assert configs.by_speed(problem(1, 4096, 4096), "any") == ("triton", "mosaic_gpu")
+    assert configs.by_speed(problem(1, 28672, 4096), "any") == ("mosaic_gpu", "triton")
+    # Without any entry, the number of tokens decides.
+    table()
+    assert configs.by_speed(problem(8, 4096, 4096), "any")[0] == "triton"
+    assert configs.by_speed(problem(9, 4096, 4096), "any")[0] == "mosaic_gpu"
+
+
+def test_other_group_sizes_use_the_entries_there_are(table):
+    table(configs.Entry(1, 4096, 4096, 128, 0.0, TRITON, 6.0))
+    assert configs.choose(problem(1, 4096, 4096, group_size=64), "any") is TRITON
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA H200", "NVIDIA GH200 480GB", "NVIDIA H100 PCIe"])
+def test_relatives_of_the_h100_use_its_table(kind: str):
+    assert configs.read_table(kind) == configs.read_table("NVIDIA H100 80GB HBM3")
+
+
+def test_unknown_devices_have_a_rule():
+    assert configs.read_table("NVIDIA A100-SXM4-80GB") == ()
+    assert isinstance(configs.choose(problem(4, 999, 4096), "unknown"), FewTokensConfig)
+    assert isinstance(configs.choose(problem(400, 999, 4096), "unknown"), ManyTokensConfig)
+    assert isinstance(configs.choose(problem(400, 999, 4096), "unknown", "mosaic_gpu"), MosaicGpuConfig)
+
+
+def test_a_written_table_is_read_back_and_updated(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(configs, "TABLE_DIR", tmp_path)
+    configs.read_table.cache_clear()
+    first = configs.Entry(1, 4096, 4096, 128, 0.1, TRITON, 6.0)
+    other = configs.Entry(1, 4096, 4096, 128, 0.1, NARROW, 7.0)
+    faster = configs.Entry(1, 4096, 4096, 128, 0.1, FewTokensConfig(32, 8, 8, 1, 1, "none"), 5.0)
+    path = configs.write_table("My GPU", [first, other], {"jax": "1"})
+    assert configs.read_table("My GPU") in ((first, other), (other, first))
+    configs.write_table("My GPU", [faster], {"jax": "1"})
+    assert set(configs.read_table("My GPU")) == {faster, other}
+    assert json.loads(path.read_text())["device_kind"] == "My GPU"
+    configs.read_table.cache_clear()
+
+
+@pytest.mark.parametrize("entry", configs.read_table("NVIDIA H100 80GB HBM3"), ids=str)
+def test_every_entry_of_the_shipped_table_is_chosen_for_its_case(entry: configs.Entry):
+    assert configs.choose(entry.problem, "NVIDIA H100 80GB HBM3", entry.implementation) == entry.config
