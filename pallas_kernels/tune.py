@@ -1,16 +1,24 @@
 """Finds the fastest configuration of each implementation of the matmul for each case; writes the device's table.
 
 python -m pallas_kernels.tune --models llama-3.1-8b --tokens 1 16 64
+
+Compiling takes most of the time, so cases are tuned in as many processes as there are processors, which time their
+candidates one at a time. The table is written whenever a case is done.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import functools
 import itertools
+import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +32,7 @@ from pallas_kernels.mixed_matmul import configs, pallas_mosaic_gpu, pallas_mosai
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MosaicGpuConfig
 from pallas_kernels.mixed_matmul.triton_few_tokens import FewTokensConfig
 from pallas_kernels.mixed_matmul.triton_many_tokens import ManyTokensConfig
+from pallas_kernels.packing import PackedWeight
 from pallas_kernels.quantize_activations.api import quantize_activations
 from pallas_kernels.shapes import MODELS, parse_shape, unique_shapes
 
@@ -75,40 +84,89 @@ def candidates(implementation: str, tokens: int) -> Iterator[configs.Config | Mo
             yield ManyTokensConfig(rows, token_tile, warps, stages)
 
 
-def tune(
-    implementation: str,
-    shapes: list[tuple[int, int]],
-    tokens: list[int],
-    shares: list[float],
-    group_size: int,
-    shown: int,
-    log: Callable[[str], None],
-) -> list[configs.Entry]:
-    """Time every candidate of every case; return the fastest of each case that has one."""
-    entries = []
-    for (n, k), share in itertools.product(shapes, shares):
-        first = packed_weight(n, k, group_size, share, 0)
-        weights = [first] + [packed_weight(n, k, group_size, share, i) for i in range(1, copies_for(first.nbytes))]
-        for m in tokens:
-            activations = quantize_activations(bfloat16_array((m, k), m), group_size)
-            todo = list(candidates(implementation, m))
-            with ThreadPoolExecutor() as pool:
-                functions = list(
-                    pool.map(functools.partial(_compile, MATMULS[implementation], activations, first), todo)
-                )
-            rows = []
-            for config, function in zip(todo, functions, strict=True):
-                if isinstance(function, Exception):
-                    log(f"  {config}: {str(function).splitlines()[0][:150]}")
-                    continue
-                times = kernel_times(
-                    function, [(activations, weight) for weight in weights], repeats_for(len(weights), EXECUTIONS)
-                )
-                rows.append((sum(times.values()), config))
-            rows.sort(key=lambda row: row[0])
-            log(f"M={m} N={n} K={k} share={share}: " + "".join(f"\n  {us:.2f} {config}" for us, config in rows[:shown]))
-            entries += [configs.Entry(m, n, k, group_size, share, config, round(us, 2)) for us, config in rows[:1]]
-    return entries
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What to find the fastest configuration for."""
+
+    implementation: str
+    tokens: int
+    n: int
+    k: int
+    group_size: int
+    share_8bit: float
+
+
+def tune(case: Case, shown: int, timing: contextlib.AbstractContextManager[Any]) -> tuple[list[configs.Entry], str]:
+    """Time the candidates of a case.
+
+    Args:
+        case: The case.
+        shown: Configurations to report, from the fastest on.
+        timing: Held while the device is used.
+
+    Returns:
+        The fastest, if any compiles, and a report.
+    """
+    first, weights = _weights(case.n, case.k, case.group_size, case.share_8bit)
+    activations = quantize_activations(bfloat16_array((case.tokens, case.k), case.tokens), case.group_size)
+    todo = list(candidates(case.implementation, case.tokens))
+    functions = [_compile(MATMULS[case.implementation], activations, first, config) for config in todo]
+    argument_sets = [(activations, weight) for weight in weights]
+    rows, lines = [], []
+    for config, function in zip(todo, functions, strict=True):
+        if isinstance(function, Exception):
+            lines.append(f"\n  {config}: {str(function).splitlines()[0][:150]}")
+            continue
+        with timing:
+            times = kernel_times(function, argument_sets, repeats_for(len(weights), EXECUTIONS))
+        rows.append((sum(times.values()), config))
+    rows.sort(key=lambda row: row[0])
+    lines += [f"\n  {us:.2f} {config}" for us, config in rows[:shown]]
+    settings = (case.tokens, case.n, case.k, case.group_size, case.share_8bit)
+    return [configs.Entry(*settings, config, round(us, 2)) for us, config in rows[:1]], f"{case}{''.join(lines)}"
+
+
+@functools.lru_cache(maxsize=1)
+def _weights(n: int, k: int, group_size: int, share_8bit: float) -> tuple[PackedWeight, list[PackedWeight]]:
+    """A weight of these sizes, and as many (itself among them) as the cache does not hold."""
+    first = packed_weight(n, k, group_size, share_8bit, 0)
+    return first, [first, *(packed_weight(n, k, group_size, share_8bit, i) for i in range(1, copies_for(first.nbytes)))]
+
+
+_lock: Any = None
+"""In a worker: held by the one that times."""
+
+
+def _start_worker(lock: Any) -> None:
+    global _lock
+    _lock = lock
+
+
+def _tune_in_worker(case: Case, shown: int) -> tuple[list[configs.Entry], str, str]:
+    return *tune(case, shown, _lock), registry.device_kind()
+
+
+def tune_all(cases: list[Case], workers: int, shown: int, out: Path | None, log: Callable[[str], None]) -> Path | None:
+    """Tune the cases in processes of their own; write the table, `out` or the device's, whenever one is done.
+
+    Returns the table's path, or None where no case gave an entry.
+    """
+    versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the workers share the device's memory
+    context = multiprocessing.get_context("spawn")
+    path = None
+    with ProcessPoolExecutor(workers, context, _start_worker, (context.Lock(),)) as pool:
+        futures = {pool.submit(_tune_in_worker, case, shown): case for case in cases}
+        for done in as_completed(futures):
+            try:
+                entries, report, device_kind = done.result()
+            except Exception as error:  # one bad case is no reason to lose the others
+                log(f"FAILED, left out: {futures[done]}: {str(error).splitlines()[0][:300]}")
+                continue
+            log(report)
+            if entries:
+                path = configs.write_table(device_kind, entries, versions, out)
+    return path
 
 
 def _compile(matmul: Callable[..., jax.Array], activations: Any, weight: Any, config: Any) -> Any:
@@ -133,23 +191,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shares", nargs="+", type=float, default=[0.1], help="shares of 8-bit channels")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--show", type=int, default=4, help="configurations to print for each case")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile at once")
+    parser.add_argument("--out", type=Path, help="table to write instead of the one that is shipped for the device")
     options = parser.parse_args(arguments)
-    if registry.compute_capability() is None:
-        print("tuning needs an NVIDIA GPU that JAX sees", file=sys.stderr)
-        return 1
-    versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
-    entries = []
-    for implementation in options.implementations:
-        entries += tune(
-            implementation,
-            options.shapes or unique_shapes(options.models),
-            options.tokens,
-            options.shares,
-            options.group_size,
-            options.show,
-            lambda line: print(line, flush=True),
+    shapes = options.shapes or unique_shapes(options.models)
+    cases = [
+        Case(implementation, tokens, n, k, options.group_size, share)
+        for (n, k), share, tokens, implementation in itertools.product(
+            shapes, options.shares, options.tokens, options.implementations
         )
-    print("wrote", configs.write_table(registry.device_kind(), entries, versions))
+    ]
+    cases.sort(key=lambda case: case.n * case.k, reverse=True)  # the long ones first
+    # Asked in a process of its own: one that holds the device's memory would leave none to the workers.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        if pool.submit(registry.compute_capability).result() is None:
+            print("tuning needs an NVIDIA GPU that JAX sees", file=sys.stderr)
+            return 1
+    path = tune_all(cases, options.workers, options.show, options.out, lambda line: print(line, flush=True))
+    print("wrote", path)
     return 0
 
 

@@ -96,15 +96,17 @@ def read_table(device_kind: str) -> tuple[Entry, ...]:
     path = table_path(device_kind)
     if not path.exists() and re.search(r"\bG?H[128]00\b", device_kind):
         path = table_path("NVIDIA H100 80GB HBM3")
-    if not path.exists():
-        return ()
+    return _read(path) if path.exists() else ()
+
+
+def _read(path: Path) -> tuple[Entry, ...]:
     return tuple(Entry.from_json(row) for row in json.loads(path.read_text())["entries"])
 
 
-def write_table(device_kind: str, entries: list[Entry], versions: dict[str, str]) -> Path:
-    """Write a table, replacing entries of the same cases and implementations in an existing one."""
-    path = table_path(device_kind)
-    existing = read_table(device_kind) if path.exists() else ()
+def write_table(device_kind: str, entries: list[Entry], versions: dict[str, str], path: Path | None = None) -> Path:
+    """Write a device's table (or another file), replacing entries of the same cases and implementations in it."""
+    path = path or table_path(device_kind)
+    existing = _read(path) if path.exists() else ()
     by_case = {(entry.case, entry.implementation): entry for entry in (*existing, *entries)}
     rows = sorted(
         by_case.values(), key=lambda entry: (entry.n, entry.k, entry.share_8bit, entry.tokens, entry.implementation)

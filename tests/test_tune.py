@@ -1,0 +1,49 @@
+"""The tuner off the GPU: which candidate it keeps, and that one that does not compile is no candidate."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import tune
+from pallas_kernels.mixed_matmul.triton_few_tokens import FewTokensConfig
+
+CANDIDATES = [FewTokensConfig(rows, 8, 4, 1, 1, "none") for rows in (16, 32, 48, 64)]
+TIMES = {16: 9.0, 32: 7.0, 64: 8.0}
+
+
+def test_the_fastest_candidate_is_kept(monkeypatch: pytest.MonkeyPatch):
+    def matmul(activations, weight, bias, *, out_dtype, config):
+        if config.rows not in TIMES:
+            raise ValueError("no such tile")
+        return jnp.zeros(config.rows)
+
+    def kernel_times(function, argument_sets, repeats):
+        [rows] = function(*argument_sets[0]).shape
+        return {"matmul": TIMES[rows] - 1, "another": 1.0}
+
+    monkeypatch.setattr(tune, "MATMULS", {"triton": matmul})
+    monkeypatch.setattr(tune, "candidates", lambda implementation, tokens: iter(CANDIDATES))
+    monkeypatch.setattr(tune, "kernel_times", kernel_times)
+    monkeypatch.setattr(tune, "copies_for", lambda nbytes: 2)
+    case = tune.Case("triton", 3, 64, 256, 64, 0.25)
+    [entry], report = tune.tune(case, 2, contextlib.nullcontext())
+    assert (entry.case, entry.config, entry.microseconds) == ((3, 64, 256, 64, 0.25), CANDIDATES[1], 7.0)
+    assert all(text in report for text in ("no such tile", "7.00", "8.00"))
+    assert "9.00" not in report
+
+
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]):
+    if jax.default_backend() == "gpu":
+        pytest.skip("this machine has a GPU")
+    assert tune.main(["--tokens", "1"]) == 1
+    assert "needs an NVIDIA GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9, 16, 33, 100, 4096])
+def test_candidates_fit_the_number_of_tokens(tokens: int):
+    for config in tune.candidates("triton", tokens):
+        assert config.tokens < 2 * max(tokens, 32)
+    for config in tune.candidates("mosaic_gpu", tokens):
+        assert config.fitted(tokens) == config
