@@ -83,7 +83,7 @@ class Bench:
         """Makes the program of a decode case."""
         state = self.abstract_state(batch, context)
         keys = jax.eval_shape(lambda: self.row_keys(batch))
-        lowered = decode.lower(self.engine.model, state, self.sampler, self.stop, keys, DECODE_CHUNK)
+        lowered = decode.lower(self.engine.flat_model, state, self.sampler, self.stop, keys, DECODE_CHUNK)
         self.programs[batch, context] = lowered.compile()
 
     def compile_prefill(self, prompt: int, context: int) -> None:
@@ -108,7 +108,7 @@ class Bench:
             self.compile_decode(batch, state.cache.max_length)
         program = self.programs[batch, state.cache.max_length]
         for _ in range(chunks):
-            state, tokens = program(self.engine.model, state, self.sampler, self.stop, keys)
+            state, tokens = program(self.engine.flat_model, state, self.sampler, self.stop, keys)
         tokens.block_until_ready()
         return state
 

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Generator, Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,26 @@ _MAX_STOP_TOKENS = 16
 _STREAM_INTERVAL = 0.05
 """Seconds of text that a stream collects on the device; well below what a reader notices."""
 NO_TOKEN = -1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FlatModel:
+    """A model as the tuple of its arrays: walking through its modules would take Python milliseconds at every call."""
+
+    arrays: tuple[Array, ...]
+    structure: Any = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, model: Decoder) -> FlatModel:
+        """The arrays as they are now."""
+        arrays, structure = jax.tree.flatten(model)
+        return cls(tuple(arrays), structure)
+
+    def model(self) -> Decoder:
+        """The inverse of `of`."""
+        decoder: Decoder = jax.tree.unflatten(self.structure, self.arrays)
+        return decoder
 
 
 @jax.tree_util.register_dataclass
@@ -89,7 +109,7 @@ class Generation:
 
 @functools.partial(jax.jit, static_argnames=("history",), donate_argnames=("cache", "last_logits"))
 def prefill_step(
-    model: Decoder,
+    flat_model: FlatModel,
     cache: KVCache,
     last_logits: Float[Array, "batch vocab"],
     tokens: Int[Array, "batch length"],
@@ -97,7 +117,7 @@ def prefill_step(
     history: int | None,
 ) -> tuple[KVCache, Array]:
     """One chunk of right-padded prompts; rows without tokens in this chunk keep their logits."""
-    logits, new_cache = model(tokens, cache, lengths=lengths, last_only=True, history=history)
+    logits, new_cache = flat_model.model()(tokens, cache, lengths=lengths, last_only=True, history=history)
     assert new_cache is not None
     return new_cache, jnp.where((lengths > 0)[:, None], logits, last_logits)
 
@@ -115,7 +135,7 @@ def first_token(
 
 @functools.partial(jax.jit, static_argnames=("steps",), donate_argnames=("state",))
 def decode(
-    model: Decoder,
+    flat_model: FlatModel,
     state: DecodeState,
     sampler: Sampler,
     stop: StopRules,
@@ -123,6 +143,7 @@ def decode(
     steps: int,
 ) -> tuple[DecodeState, Int[Array, "batch steps"]]:
     """Runs `steps` decode steps; `NO_TOKEN` where a row was finished already."""
+    model = flat_model.model()
 
     def decode_step(step: Array, carry: tuple[DecodeState, Array]) -> tuple[DecodeState, Array]:
         state, tokens = carry
@@ -164,6 +185,7 @@ class Engine:
 
     Attributes:
         model: the decoder.
+        flat_model: its arrays when the engine was made.
         max_length: the longest context, prompt and generated tokens together.
         cache_dtype: dtype of the key/value cache: the model's compute dtype, or int8.
     """
@@ -177,6 +199,7 @@ class Engine:
         if kv_bits not in (8, 16):
             raise OptionError(f"kv-bits must be 8 or 16, found {kv_bits}")
         self.model = model
+        self.flat_model = FlatModel.of(model)
         self.max_length = model.config.max_position_embeddings
         compute_dtype = model.embedding.weight.get_value().dtype
         self.cache_dtype = jnp.dtype(jnp.int8) if kv_bits == 8 else compute_dtype
@@ -260,7 +283,7 @@ class Engine:
             began = time.monotonic()
             while True:
                 # The next chunk is under way before the host waits for this one; without active rows it is empty.
-                state, following = decode(self.model, state, sampler, stop, row_keys, steps)
+                state, following = decode(self.flat_model, state, sampler, stop, row_keys, steps)
                 rows = [[int(t) for t in row if t != NO_TOKEN] for row in np.asarray(pending)]
                 if not any(rows):
                     break
@@ -340,7 +363,9 @@ class Engine:
                 tokens[row, : len(part)] = part
                 lengths[row] = len(part)
             history = self._history(held + offset)
-            cache, logits = prefill_step(self.model, cache, logits, jnp.asarray(tokens), jnp.asarray(lengths), history)
+            cache, logits = prefill_step(
+                self.flat_model, cache, logits, jnp.asarray(tokens), jnp.asarray(lengths), history
+            )
         return cache, logits
 
     def lower_prefill(self, cache: KVCache, length: int) -> Iterator[jax.stages.Lowered]:
@@ -350,7 +375,7 @@ class Engine:
         lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
         for offset, bucket in self._prefill_steps(length, batch, cache.max_length):
             tokens = jax.ShapeDtypeStruct((batch, bucket), jnp.int32)
-            yield prefill_step.lower(self.model, cache, logits, tokens, lengths, self._history(offset))
+            yield prefill_step.lower(self.flat_model, cache, logits, tokens, lengths, self._history(offset))
 
     def _prefill_steps(self, length: int, batch: int, max_length: int) -> Iterator[tuple[int, int]]:
         """First token and padded size of each chunk of the longest prompt."""
