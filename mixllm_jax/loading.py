@@ -58,6 +58,7 @@ def load(
     implementation: str = "auto",
     kv_bits: int = 16,
     lm_head_bits: int = 16,
+    embedding_bits: int = 16,
 ) -> LoadedModel:
     """Loads a converted or quantised model.
 
@@ -67,10 +68,11 @@ def load(
         implementation: of the quantised operations: `auto`, `xla`, or a kernel's name (see `pallas_kernels`).
         kv_bits: 8 keeps keys and values of generation as int8, one scale a token and head; 16 in the compute dtype.
         lm_head_bits: 8 rounds the output head to 8 bits and runs it with int8 activations; 16 leaves it as it is.
+        embedding_bits: 8 rounds the embedding to 8 bits; 16 leaves it as it is. A tied one needs `lm_head_bits` 8 too.
 
     Raises:
         CheckpointError: not a model folder, or it is damaged or of a newer format.
-        OptionError: a number of bits that is neither 8 nor 16.
+        OptionError: a number of bits that is neither 8 nor 16, or an 8-bit embedding tied to a 16-bit output head.
         UnsupportedDeviceError: the GPU has no kernels for this quantised model.
         NotImplementedError: the implementation asked for cannot run here.
     """
@@ -78,7 +80,7 @@ def load(
     config = reader.config
     if isinstance(dtype, str) and dtype == "auto":
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    for name, value in (("kv-bits", kv_bits), ("lm-head-bits", lm_head_bits)):
+    for name, value in (("kv-bits", kv_bits), ("lm-head-bits", lm_head_bits), ("embedding-bits", embedding_bits)):
         if value not in (8, 16):
             raise OptionError(f"{name} must be 8 or 16, found {value}")
     quantization = reader.metadata.get("quantization", {})
@@ -90,6 +92,7 @@ def load(
         activation_bits=cast(Any, bits),
         implementation=implementation,
         lm_head_bits=cast(Any, lm_head_bits),
+        embedding_bits=cast(Any, embedding_bits),
     )
     parts = reader.read_parts()  # in the order in which the decoder asks for them
     model = Decoder.from_parameters(config, lambda name: _next_part(parts, name), execution)

@@ -16,7 +16,7 @@ from mixllm_jax.generation import Engine
 from mixllm_jax.generation.memory import OutOfDeviceMemoryError, weight_bytes
 from mixllm_jax.models.cache import KVCache
 from mixllm_jax.models.decoder import Decoder, random_parameters
-from mixllm_jax.models.output_head import eight_bit_head
+from mixllm_jax.models.eight_bit_table import eight_bit_table
 from mixllm_jax.models.parameters import Execution
 from mixllm_jax.models.presets import PRESETS, preset
 from mixllm_jax.models.random_weights import WeightFormat, random_decoder
@@ -60,7 +60,7 @@ def test_an_unknown_scheme_is_refused(name):
         WeightFormat.from_name(name)
 
 
-def test_an_eight_bit_head_is_close_and_a_tied_one_gets_weights_of_its_own():
+def test_an_eight_bit_table_is_close_and_a_tied_one_gets_weights_of_its_own():
     parts = {part: random_parameters(CONFIG, part, 0) for part in CONFIG.part_names()}
     exact = Decoder.from_parameters(CONFIG, parts)
     rounded = Decoder.from_parameters(CONFIG, parts, Execution(lm_head_bits=8))
@@ -71,7 +71,32 @@ def test_an_eight_bit_head_is_close_and_a_tied_one_gets_weights_of_its_own():
     error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
     assert 1e-4 < error < 2e-2
     weight = parts["embedding"]["embed.weight"]
-    np.testing.assert_allclose(packing.dequantize(eight_bit_head(weight)), weight, atol=np.abs(weight).max() / 200)
+    np.testing.assert_allclose(packing.dequantize(eight_bit_table(weight)), weight, atol=np.abs(weight).max() / 200)
+
+
+def test_an_eight_bit_embedding_is_close_and_shared_with_a_tied_head():
+    parts = {part: random_parameters(CONFIG, part, 0) for part in CONFIG.part_names()}
+    with pytest.raises(OptionError, match="--lm-head-bits 8"):
+        Decoder.from_parameters(CONFIG, parts, Execution(embedding_bits=8))
+    rounded = Decoder.from_parameters(CONFIG, parts, Execution(lm_head_bits=8, embedding_bits=8))
+    table = rounded.embedding.weight.get_value()
+    assert rounded.final.lm_head is not None
+    assert rounded.final.lm_head.weight.get_value().codes8 is table.codes8
+    weight = parts["embedding"]["embed.weight"]
+    tokens = jnp.asarray([[0, 5, 95], [7, 7, 96]])
+    expected = weight[np.minimum(np.asarray(tokens), 95)]
+    np.testing.assert_allclose(rounded.embed(tokens), expected, atol=np.abs(weight).max() / 200)
+    np.testing.assert_array_equal(rounded.embed(tokens)[0, 1], packing.dequantize(table)[5])
+
+
+def test_an_eight_bit_embedding_changes_nothing_but_the_embedding():
+    untied = dataclasses.replace(CONFIG, tie_word_embeddings=False)
+    weights = WeightFormat.from_name("W4.4A8", embedding_bits=8)
+    model = random_decoder(untied, weights, dtype=jnp.float32)
+    assert model.final.lm_head is not None
+    assert model.final.lm_head.weight.get_value().shape == (96, untied.hidden_size)
+    assert model.embed(jnp.zeros((1, 3), jnp.int32)).dtype == jnp.float32
+    assert 0.3 < float(jnp.std(model(jnp.arange(12)[None])[0])) < 3
 
 
 def test_logits_through_an_int8_cache_are_those_of_decoding_with_one():

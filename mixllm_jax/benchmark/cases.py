@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-KEY = ("model", "scheme", "batch", "context", "kv_bits", "lm_head_bits")
+KEY = ("model", "scheme", "batch", "context", "kv_bits", "lm_head_bits", "embedding_bits")
 """The fields that identify a row; a profile has its `phase` besides, `decode` or `prefill`."""
 
 
@@ -23,6 +23,7 @@ class Plan:
         prompts: Prompt lengths whose time to the first token is measured, one row.
         kv_bits: 16 or 8.
         lm_head_bits: 16 or 8.
+        embedding_bits: 16 or 8.
         decode_steps: Timed decode steps.
         profile: Whether to profile a decode step of every batch at the first context, and the prefill of one prompt.
     """
@@ -33,7 +34,8 @@ class Plan:
     contexts: tuple[int, ...]
     prompts: tuple[int, ...]
     kv_bits: int = 16
-    lm_head_bits: int = 16
+    lm_head_bits: Literal[8, 16] = 16
+    embedding_bits: Literal[8, 16] = 16
     decode_steps: int = 128
     profile: bool = False
 
@@ -58,6 +60,7 @@ class Plan:
             "context": context,
             "kv_bits": self.kv_bits,
             "lm_head_bits": self.lm_head_bits,
+            "embedding_bits": self.embedding_bits,
             "decode_tokens_per_s": None,
             "time_to_first_token_ms": None,
             "peak_memory_gb": None,

@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--kv-bits", type=int, choices=(8, 16), default=16, help="bits of the key/value cache")
     parser.add_argument("--lm-head-bits", type=int, choices=(8, 16), default=16, help="bits of the output head")
+    parser.add_argument("--embedding-bits", type=int, choices=(8, 16), default=16, help="bits of the embedding")
     parser.add_argument("--profile", action="store_true", help="also profile a decode step of the first case")
     parser.add_argument(
         "--compare-transformers",
@@ -94,6 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.prompts,
             kv_bits=arguments.kv_bits,
             lm_head_bits=16 if scheme == "bf16" else arguments.lm_head_bits,
+            embedding_bits=16 if scheme == "bf16" else arguments.embedding_bits,
             profile=arguments.profile,
         )
         for scheme in schemes

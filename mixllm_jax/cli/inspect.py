@@ -34,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     memory.add_argument(
         "--lm-head-bits", type=int, choices=(8, 16), default=16, help="of the output head (default: 16)"
     )
+    memory.add_argument(
+        "--embedding-bits", type=int, choices=(8, 16), default=16, help="of the embedding (default: 16)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -72,6 +75,7 @@ def _memory(reader: CheckpointReader, arguments: argparse.Namespace) -> dict[str
         dtype=arguments.dtype,
         kv_bits=arguments.kv_bits,
         lm_head_bits=arguments.lm_head_bits,
+        embedding_bits=arguments.embedding_bits,
     )
 
 

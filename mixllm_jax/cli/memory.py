@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from mixllm_jax.checkpoint import CheckpointReader
     from mixllm_jax.models.decoder import Decoder
 
 
-def abstract_model(reader: CheckpointReader, dtype: str, lm_head_bits: int) -> Decoder:
+def abstract_model(reader: CheckpointReader, dtype: str, lm_head_bits: int, embedding_bits: int) -> Decoder:
     """The model with shapes and dtypes in place of arrays; reads no weights."""
     import jax
     import ml_dtypes  # noqa: F401  (registers the name "bfloat16" with NumPy)
@@ -27,12 +27,21 @@ def abstract_model(reader: CheckpointReader, dtype: str, lm_head_bits: int) -> D
             for path, array in entry["arrays"].items()
         }
         parts[name] = unflatten(arrays, entry["packed"])
-    execution = Execution(dtype=np.dtype(dtype), lm_head_bits=8 if lm_head_bits == 8 else 16)
+    execution = Execution(
+        dtype=np.dtype(dtype), lm_head_bits=cast(Any, lm_head_bits), embedding_bits=cast(Any, embedding_bits)
+    )
     return jax.eval_shape(lambda values: Decoder.from_parameters(reader.config, values, execution), parts)
 
 
 def memory_facts(
-    reader: CheckpointReader, *, batch: int, context: int | None, dtype: str, kv_bits: int, lm_head_bits: int
+    reader: CheckpointReader,
+    *,
+    batch: int,
+    context: int | None,
+    dtype: str,
+    kv_bits: int,
+    lm_head_bits: int,
+    embedding_bits: int,
 ) -> dict[str, Any]:
     """The estimate in bytes, with what it is for.
 
@@ -48,7 +57,7 @@ def memory_facts(
         raise OptionError(f"--context must be from 1 to {longest}, the longest that this model takes, found {context}")
     if batch < 1:
         raise OptionError(f"--batch must be at least 1, found {batch}")
-    engine = Engine(abstract_model(reader, dtype, lm_head_bits), kv_bits=kv_bits)
+    engine = Engine(abstract_model(reader, dtype, lm_head_bits, embedding_bits), kv_bits=kv_bits)
     positions = engine.cache_length(context)
     estimate = engine.estimate_memory(batch, positions)
     return {
@@ -58,6 +67,7 @@ def memory_facts(
         "dtype": dtype,
         "kv_bits": kv_bits,
         "lm_head_bits": lm_head_bits,
+        "embedding_bits": embedding_bits,
         "weights": estimate.weights,
         "cache": estimate.cache,
         "activations": estimate.activations,
@@ -69,7 +79,8 @@ def format_memory(facts: dict[str, Any]) -> str:
     """`memory_facts` for people."""
     title = (
         f"device memory for {facts['batch']} x {facts['context']} tokens in {facts['dtype']}, "
-        f"cache of {facts['kv_bits']} bits, output head of {facts['lm_head_bits']} bits"
+        f"cache of {facts['kv_bits']} bits, output head of {facts['lm_head_bits']} bits, "
+        f"embedding of {facts['embedding_bits']} bits"
     )
     lines = [f"{name:<20} {facts[name] / 1e9:.3f} GB" for name in ("weights", "cache", "activations", "peak")]
     return "\n".join([title, *lines])

@@ -40,6 +40,13 @@ def add_execution_options(parser: argparse.ArgumentParser) -> None:
         default=16,
         help="8 rounds the output head to 8 bits and runs it with int8 activations (default: 16, as it is)",
     )
+    group.add_argument(
+        "--embedding-bits",
+        type=int,
+        choices=(8, 16),
+        default=16,
+        help="8 rounds the embedding to 8 bits, which saves memory (default: 16, as it is)",
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, temperature: float, top_p: float) -> None:
@@ -83,6 +90,7 @@ def load_model(folder: Path, arguments: argparse.Namespace) -> LoadedModel:
             implementation=arguments.implementation,
             kv_bits=arguments.kv_bits,
             lm_head_bits=arguments.lm_head_bits,
+            embedding_bits=arguments.embedding_bits,
         )
     finally:
         if watched:

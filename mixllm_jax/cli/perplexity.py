@@ -60,6 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
             "dtype": arguments.dtype,
             "kv_bits": arguments.kv_bits,
             "lm_head_bits": arguments.lm_head_bits,
+            "embedding_bits": arguments.embedding_bits,
         }
         arguments.json.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
 

@@ -186,7 +186,7 @@ def main() -> None:
     settings = {
         "model": loaded.path.name,
         "device": jax.devices()[0].device_kind,
-        "dtype": str(loaded.model.embedding.weight.get_value().dtype),
+        "dtype": str(loaded.model.embedding.dtype),
         "kv_bits": arguments.kv_bits,
         "jax": jax.__version__,
     }

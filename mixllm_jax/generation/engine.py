@@ -201,7 +201,7 @@ class Engine:
         self.model = model
         self.flat_model = FlatModel.of(model)
         self.max_length = model.config.max_position_embeddings
-        compute_dtype = model.embedding.weight.get_value().dtype
+        compute_dtype = model.embedding.dtype
         self.cache_dtype = jnp.dtype(jnp.int8) if kv_bits == 8 else compute_dtype
         self._compute_dtype = compute_dtype
         self._weight_bytes = weight_bytes(model)

@@ -10,12 +10,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from mixllm_jax.errors import OptionError
 from mixllm_jax.models.block import Block
 from mixllm_jax.models.cache import KVCache
 from mixllm_jax.models.config import ModelConfig, layer_part_name
+from mixllm_jax.models.eight_bit_table import eight_bit_table, look_up
 from mixllm_jax.models.linear import Linear
 from mixllm_jax.models.norm import RMSNorm
-from mixllm_jax.models.output_head import eight_bit_head
 from mixllm_jax.models.parameters import Execution, Parameters, check_parameters
 from mixllm_jax.models.rope import rotary_embedding
 from pallas_kernels.kv_cache import LayerCache
@@ -23,10 +24,12 @@ from pallas_kernels.packing import PackedWeight
 
 
 class Embedding(nnx.Module):
-    """Token embedding, `[vocab, hidden]` in the compute dtype."""
+    """Token embedding, `[vocab, hidden]` in the compute dtype, or packed in 8 bits."""
 
-    def __init__(self, weight: Float[Array, "vocab hidden"], dtype: DTypeLike) -> None:
-        self.weight = nnx.Param(jnp.asarray(weight, dtype))
+    def __init__(self, weight: Float[Array, "vocab hidden"] | PackedWeight, dtype: DTypeLike) -> None:
+        packed = isinstance(weight, PackedWeight)
+        self.weight = nnx.Param(jax.tree.map(jnp.asarray, weight) if packed else jnp.asarray(weight, dtype))
+        self.dtype = jnp.dtype(dtype)
 
     @classmethod
     def from_parameters(
@@ -34,11 +37,18 @@ class Embedding(nnx.Module):
     ) -> "Embedding":
         """Builds it from the checkpoint part `embedding`; `CheckpointError` where that does not fit."""
         check_parameters(config, "embedding", parameters)
-        return cls(parameters["embed.weight"], (execution or Execution()).dtype)
+        execution = execution or Execution()
+        weight = parameters["embed.weight"]
+        if execution.embedding_bits == 8 and not isinstance(weight, PackedWeight):
+            weight = eight_bit_table(weight)
+        return cls(weight, execution.dtype)
 
     def __call__(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length hidden"]:
         """Looks up the rows of int32 `tokens`."""
-        return jnp.take(self.weight.get_value(), tokens, axis=0, mode="clip")
+        weight = self.weight.get_value()
+        if isinstance(weight, PackedWeight):
+            return look_up(weight, tokens, self.dtype)
+        return jnp.take(weight, tokens, axis=0, mode="clip")
 
 
 class Head(nnx.Module):
@@ -103,7 +113,13 @@ class Decoder(nnx.Module):
 
         Raises:
             CheckpointError: A part does not fit the configuration.
+            OptionError: 8 bits for an embedding that is the float output head as well.
         """
+        execution = execution or Execution()
+        if config.tie_word_embeddings and execution.embedding_bits == 8 and execution.lm_head_bits != 8:
+            raise OptionError(
+                "the embedding of this model is its output head as well: --embedding-bits 8 needs --lm-head-bits 8 too"
+            )
         read = parts if callable(parts) else parts.__getitem__
         embedding = Embedding.from_parameters(config, read("embedding"), execution)
         layers = [
@@ -111,9 +127,9 @@ class Decoder(nnx.Module):
             for layer in range(config.num_layers)
         ]
         final = dict(read("final"))
-        if execution is not None and execution.lm_head_bits == 8:
+        if execution.lm_head_bits == 8:
             head = final.get("lm_head.weight", embedding.weight.get_value())
-            final["lm_head.weight"] = head if isinstance(head, PackedWeight) else eight_bit_head(head)
+            final["lm_head.weight"] = head if isinstance(head, PackedWeight) else eight_bit_table(head)
         return cls(config, embedding, layers, Head.from_parameters(config, final, execution))
 
     def embed(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length hidden"]:

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,21 +35,25 @@ class WeightFormat:
         eight_bit_share: Share of 8-bit output channels of every linear; None for float weights.
         group_size: Input channels that share a scale; None for the largest that fits the model.
         lm_head_bits: 8 for an output head with 8-bit weights and activations, 16 for a float one.
+        embedding_bits: 8 for an 8-bit embedding, 16 for a float one.
     """
 
     eight_bit_share: float | None
     group_size: int | None = None
-    lm_head_bits: int = 16
+    lm_head_bits: Literal[8, 16] = 16
+    embedding_bits: Literal[8, 16] = 16
 
     @classmethod
-    def from_name(cls, name: str, *, lm_head_bits: int = 16) -> "WeightFormat":
+    def from_name(
+        cls, name: str, *, lm_head_bits: Literal[8, 16] = 16, embedding_bits: Literal[8, 16] = 16
+    ) -> "WeightFormat":
         """`bf16`, or `W4A8`, `W4.4A8`, ..., `W8A8`.
 
         Raises:
             OptionError: Another name.
         """
         if name.lower() in ("bf16", "float"):
-            return cls(None, lm_head_bits=16)
+            return cls(None)
         try:
             weight_bits, activation_bits = name.upper().removeprefix("W").split("A")
             share = (float(weight_bits) - 4) / 4
@@ -57,7 +61,7 @@ class WeightFormat:
             share, activation_bits = -1.0, ""
         if not 0 <= share <= 1 or activation_bits != "8":
             raise OptionError(f"unknown scheme {name!r}: expected bf16, or W4A8 to W8A8 such as W4.4A8")
-        return cls(share, lm_head_bits=lm_head_bits)
+        return cls(share, lm_head_bits=lm_head_bits, embedding_bits=embedding_bits)
 
 
 def fitting_group_size(config: ModelConfig) -> int:
@@ -94,6 +98,7 @@ def random_decoder(
         OptionError: No group size fits.
     """
     group_size = weights.group_size or fitting_group_size(config)
+    bits = {"lm_head.weight": weights.lm_head_bits, "embed.weight": weights.embedding_bits}
 
     def read(part: str) -> dict[str, Any]:
         first = (seed * 1000 + config.part_names().index(part)) * 16
@@ -108,14 +113,19 @@ def random_decoder(
                 arrays[path] = _packed(next(seeds), *shape, round(share * shape[0]), group_size)
             elif len(shape) == 1:
                 arrays[path] = jnp.zeros(shape) if path.endswith("bias") else jnp.ones(shape)
-            elif path != "lm_head.weight" or weights.lm_head_bits == 16:
+            elif bits.get(path, 16) == 8:
+                arrays[path] = _packed(next(seeds), *shape, shape[0], group_size)
+            else:
                 arrays[path] = random_array(next(seeds), shape, 1 / math.sqrt(shape[1]), jnp.dtype(dtype))
-        if part == "final" and weights.lm_head_bits == 8:
-            vocab, hidden = config.vocab_size, config.hidden_size
-            arrays["lm_head.weight"] = _packed(next(seeds), vocab, hidden, vocab, group_size)
         return arrays
 
-    return Decoder.from_parameters(config, read, Execution(dtype=dtype, implementation=implementation))
+    execution = Execution(
+        dtype=dtype,
+        implementation=implementation,
+        lm_head_bits=weights.lm_head_bits,
+        embedding_bits=weights.embedding_bits,
+    )
+    return Decoder.from_parameters(config, read, execution)
 
 
 def _random_bits(seed: jax.Array, stream: int, shape: tuple[int, ...]) -> jax.Array:

@@ -1,10 +1,14 @@
-"""An output head with 8-bit weights and activations: at batch 1 it is a fifth of all bytes a decode step reads."""
+"""The output head and the embedding in 8 bits.
+
+At batch 1 the head is a fifth of all bytes that a decode step reads; the embedding costs no time, but as much memory.
+"""
 
 import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
 from mixllm_jax.errors import OptionError
 from pallas_kernels.packing import GROUP_SIZES, PackedWeight
@@ -13,8 +17,8 @@ _SMALLEST_SCALE = 2.0**-24
 """The smallest positive float16, for groups of zeros."""
 
 
-def eight_bit_head(weight: Float[Array, "vocab hidden"]) -> PackedWeight:
-    """The weight rounded to 8 bits, all channels alike, in the largest groups that fit.
+def eight_bit_table(weight: Float[Array, "vocab hidden"]) -> PackedWeight:
+    """The weight of a head or an embedding rounded to 8 bits, all channels alike, in the largest groups that fit.
 
     Raises:
         OptionError: No group size divides the hidden size.
@@ -24,8 +28,17 @@ def eight_bit_head(weight: Float[Array, "vocab hidden"]) -> PackedWeight:
         if hidden % group_size == 0:
             return _round(jnp.asarray(weight), group_size)
     raise OptionError(
-        f"--lm-head-bits 8 needs a hidden size that a group size of {GROUP_SIZES} divides, found {hidden}"
+        f"an output head or embedding of 8 bits needs a hidden size that a group size of {GROUP_SIZES} divides, found "
+        f"{hidden}"
     )
+
+
+def look_up(table: PackedWeight, tokens: Int[Array, "*batch"], dtype: DTypeLike) -> Float[Array, "*batch hidden"]:
+    """The rows of an 8-bit table, in `dtype`; tokens outside it are taken as the nearest inside."""
+    codes = jnp.take(table.codes8, tokens, axis=1, mode="clip").astype(jnp.float32)
+    scales = jnp.take(table.scales8, tokens, axis=1, mode="clip").astype(jnp.float32)
+    rows = jnp.moveaxis(codes * scales[..., None], 0, -2)
+    return rows.reshape(*tokens.shape, table.in_features).astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnums=1)
