@@ -78,8 +78,6 @@ def load(
     """
     reader = CheckpointReader(path)
     config = reader.config
-    if isinstance(dtype, str) and dtype == "auto":
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     for name, value in (("kv-bits", kv_bits), ("lm-head-bits", lm_head_bits), ("embedding-bits", embedding_bits)):
         if value not in (8, 16):
             raise OptionError(f"{name} must be 8 or 16, found {value}")
@@ -88,7 +86,7 @@ def load(
     if bits == 8 and "group_size" in quantization:
         require_kernels(quantization["group_size"], implementation)
     execution = Execution(
-        dtype=jnp.dtype(dtype),
+        dtype=compute_dtype(dtype),
         activation_bits=cast(Any, bits),
         implementation=implementation,
         lm_head_bits=cast(Any, lm_head_bits),
@@ -97,6 +95,13 @@ def load(
     parts = reader.read_parts()  # in the order in which the decoder asks for them
     model = Decoder.from_parameters(config, lambda name: _next_part(parts, name), execution)
     return LoadedModel(model=model, config=config, metadata=reader.metadata, path=reader.path, kv_bits=kv_bits)
+
+
+def compute_dtype(dtype: DTypeLike | Literal["auto"]) -> jnp.dtype[Any]:
+    """The dtype meant; `auto` is bfloat16 on a GPU and float32 on a CPU."""
+    if isinstance(dtype, str) and dtype == "auto":
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.dtype(dtype)
 
 
 def _next_part(parts: Iterator[tuple[str, Any]], wanted: str) -> Any:

@@ -1,5 +1,6 @@
 """The commands, end to end on a tiny converted model, against transformers' own text."""
 
+import dataclasses
 import importlib
 import json
 import re
@@ -14,6 +15,7 @@ import mixllm_jax
 from mixllm_jax.cli import main as cli
 from mixllm_jax.cli.runner import run_command
 from mixllm_jax.errors import CheckpointError
+from mixllm_jax.models.presets import PRESETS
 
 
 @pytest.fixture(scope="session")
@@ -180,3 +182,22 @@ def test_every_verb_has_its_two_functions():
         verb = importlib.import_module(module)
         assert callable(verb.add_arguments), name
         assert callable(verb.run), name
+
+
+def test_generate_with_random_weights(capsys, monkeypatch):
+    tiny = dataclasses.replace(
+        PRESETS["llama-3.1-8b"], num_layers=1, hidden_size=64, intermediate_size=64, num_heads=2, num_kv_heads=1,
+        head_dim=32, vocab_size=80,
+    )  # fmt: skip
+    monkeypatch.setitem(PRESETS, "tiny", tiny)
+    command = ["generate", "--random-weights", "tiny", "--prompt", "Hello, you", "--max-tokens", "9"]
+    assert cli.main(command) == 0
+    tokens = [int(word) for word in capsys.readouterr().out.split()]
+    assert len(tokens) == 9
+    assert all(0 <= token < 80 for token in tokens)
+    assert cli.main([*command, "--prompt", "x", "--scheme", "bf16"]) == 0
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} == {"1:", "2:"}
+    assert cli.main([*command, "--chat"]) == 1
+    assert "chat template" in capsys.readouterr().err
+    assert cli.main(["generate", "--prompt", "x"]) == 1
+    assert "--random-weights" in capsys.readouterr().err

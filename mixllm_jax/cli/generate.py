@@ -6,13 +6,17 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from mixllm_jax.cli.options import add_execution_options, add_sampling_options, load_model, sampling_options
+from mixllm_jax.errors import OptionError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("folder", type=Path, metavar="DIR", help="model folder, float or quantized")
+    parser.add_argument(
+        "folder", nargs="?", type=Path, metavar="DIR", help="model folder, float or quantized; or give --random-weights"
+    )
     parser.add_argument(
         "--prompt",
         action="append",
@@ -22,22 +26,70 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--chat", action="store_true", help="ask under the model's chat template")
     parser.add_argument("--system", metavar="TEXT", help="system message (with --chat)")
+    parser.add_argument(
+        "--random-weights",
+        metavar="NAME",
+        help="shapes of a known model, such as llama-3.1-8b, built on the device: the prompt's bytes are its tokens, and "
+        "token ids are printed",
+    )
+    parser.add_argument(
+        "--scheme", default="W4.4A8", metavar="NAME", help="format of random weights, or bf16 (default: W4.4A8)"
+    )
     add_sampling_options(parser, temperature=0.0, top_p=1.0)
     add_execution_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints the text; what it took goes to standard error."""
-    options = {**sampling_options(arguments), "chat": arguments.chat, "system": arguments.system}
+    if (arguments.folder is None) == (arguments.random_weights is None):
+        raise OptionError("give either a model folder or --random-weights NAME")
+    options: dict[str, Any] = {**sampling_options(arguments)}
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in arguments.prompt]
+    start = time.monotonic()
+    if arguments.random_weights is not None:
+        _generate_tokens(arguments, prompts, options)
+    else:
+        _generate_text(arguments, prompts, options)
+    if sys.stderr.isatty():
+        print(f"({time.monotonic() - start:.1f} s)", file=sys.stderr)
+
+
+def _generate_text(arguments: argparse.Namespace, prompts: list[str], options: dict[str, Any]) -> None:
+    settings: Any = {**options, "chat": arguments.chat, "system": arguments.system}
     model = load_model(arguments.folder, arguments)
     if len(prompts) == 1:
-        start = time.monotonic()
-        for piece in model.stream(prompts[0], **options):
+        for piece in model.stream(prompts[0], **settings):
             print(piece, end="", flush=True)
         print()
-        if sys.stderr.isatty():
-            print(f"({time.monotonic() - start:.1f} s)", file=sys.stderr)
         return
-    for prompt, answer in zip(prompts, model.generate(prompts, **options), strict=True):
+    for prompt, answer in zip(prompts, model.generate(prompts, **settings), strict=True):
         print(f"=== {prompt}\n{answer}\n")
+
+
+def _generate_tokens(arguments: argparse.Namespace, prompts: list[str], options: dict[str, Any]) -> None:
+    """Generates with random weights: there is no tokenizer, and nothing that would end the text."""
+    from mixllm_jax.device import require_kernels
+    from mixllm_jax.generation import Engine, SamplingSettings
+    from mixllm_jax.loading import compute_dtype
+    from mixllm_jax.models.presets import preset
+    from mixllm_jax.models.random_weights import WeightFormat, fitting_group_size, random_decoder
+
+    if arguments.chat or arguments.system is not None:
+        raise OptionError("random weights have no chat template: give the prompt without --chat and --system")
+    config = preset(arguments.random_weights)
+    weights = WeightFormat.from_name(
+        arguments.scheme, lm_head_bits=arguments.lm_head_bits, embedding_bits=arguments.embedding_bits
+    )
+    if weights.eight_bit_share is not None:
+        require_kernels(fitting_group_size(config), arguments.implementation)
+    dtype = compute_dtype(arguments.dtype)
+    model = random_decoder(config, weights, dtype=dtype, implementation=arguments.implementation)
+    max_tokens = options.pop("max_tokens")
+    stream = Engine(model, kv_bits=arguments.kv_bits).stream(
+        [[byte % config.vocab_size for byte in prompt.encode()] for prompt in prompts],
+        max_tokens=max_tokens,
+        sampling=SamplingSettings(**options),
+    )
+    for chunk in stream:
+        for row, tokens in enumerate(chunk):
+            print(*([f"{row + 1}:"] if len(prompts) > 1 else []), *tokens, flush=True)
