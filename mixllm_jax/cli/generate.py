@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--random-weights",
         metavar="NAME",
-        help="shapes of a known model, such as llama-3.1-8b, made on the device: the bytes of a prompt are its tokens, and "
-        "token ids are printed",
+        help="shapes of a known model, such as llama-3.1-8b, made on the device: the bytes of the prompt are its tokens, "
+        "and token ids are printed",
     )
     parser.add_argument(
         "--scheme", default="W4.4A8", metavar="NAME", help="format of random weights, or bf16 (default: W4.4A8)"
