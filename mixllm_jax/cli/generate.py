@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--random-weights",
         metavar="NAME",
-        help="shapes of a known model, such as llama-3.1-8b, made on the device: the bytes of the prompt are its tokens, "
+        help="shapes of a known model, such as llama-3.1-8b, made on the device: a prompt.s bytes are its tokens, "
         "and token ids are printed",
     )
     parser.add_argument(
