@@ -23,6 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.activations import QuantizedActivations
 from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_registers as registers
+from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_store as store
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import CHANNELS_PER_WARPGROUP, MosaicGpuConfig
 from pallas_kernels.packing import PackedWeight
 
@@ -49,7 +50,8 @@ def launch(
 ) -> jax.Array:
     """Quantised linear layer `[tokens, out_features]`; see `pallas_kernels.mixed_matmul.api.mixed_matmul`."""
     config = config.fitted(activations.tokens)
-    kernel = _Kernel(activations.tokens, weight.n4, weight.n8, weight.num_groups, weight.group_size, config)
+    sizes = (activations.tokens, weight.n4, weight.n8, weight.num_groups, weight.group_size)
+    kernel = _Kernel(*sizes, out_dtype.itemsize, config)
     # Rows of scales are not always multiples of 16 bytes apart, as the copy engine wants of two axes: it gets one.
     operands = {"codes": activations.codes, "token_scales": activations.scales.reshape(-1)}
     if weight.n4:
@@ -71,7 +73,7 @@ def launch(
         kernel_name="mixed_matmul_mosaic_gpu",
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,  # nothing in shared memory is both read and written by the same threads
+            unsafe_no_auto_barriers=True,  # the ring has barriers of its own, and so has the store
         ),
     )
     return run(*operands.values())
@@ -143,6 +145,7 @@ class _Kernel:
     n8: int
     num_groups: int
     group_size: int
+    out_itemsize: int
     config: MosaicGpuConfig
 
     @property
@@ -191,8 +194,13 @@ class _Kernel:
         blocks = self.stages // self.unroll
         return 0 if blocks == 1 else lax.rem(block, blocks) * self.unroll
 
+    @property
+    def staging(self) -> store.Staging:
+        """How finished dots pass through shared memory."""
+        return store.Staging(self.config.tile_tokens // self.config.parts, self.out_itemsize)
+
     def scratch(self) -> dict[str, Any]:
-        """Shared memory: the ring's stages and their barriers."""
+        """Shared memory: the ring's stages and their barriers, and room for finished tiles."""
         c, size = self.config, self.group_size
         channel_scales = max(self.channel_scales(is8).copied for is8 in (False, True))
         rings: dict[str, Any] = {
@@ -202,6 +210,7 @@ class _Kernel:
             # Every copy of a stage arrives once; an 8-bit stage has no zero points and arrives without a copy.
             "full": plgpu.Barrier(num_arrivals=5 if self.n4 else 4, num_barriers=self.stages),
             "empty": plgpu.Barrier(num_arrivals=c.compute_warpgroups, num_barriers=self.stages),
+            "staging": plgpu.SMEM((c.compute_warpgroups * self.staging.words,), jnp.int32),
         }
         # A slot of 4-bit codes takes the room of one of 8-bit codes where both share the memory: slots of tiles of
         # both kinds are in use at the same time, and only equal slots have equal barriers.
@@ -379,10 +388,10 @@ class _Kernel:
         totals = lax.fori_loop(0, self.num_blocks, add_block, zeros)
         rows = self.n8 if is8 else self.n4
         order_start = self.n4 if is8 else 0
-        destination = [inputs["order"], *([inputs["bias"]] if "bias" in inputs else []), out]
+        refs = [scratch["staging"], inputs["order"], out, *([inputs["bias"]] if "bias" in inputs else [])]
         for part, total in enumerate(totals):
             first_token = tile.first_token + part * part_tokens
-            emit.scatter(total, tile.first_row + first_channel, first_token, rows, order_start, destination)
+            emit.store(total, tile.first_row + first_channel, first_token, rows, order_start, refs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -472,17 +481,16 @@ class _Emitted:
 
         return emit(accumulator, codes, total, channel_scales, first_channel, token_scales, first_token)
 
-    def scatter(
-        self, total: Any, first_row: Index, first_token: Index, rows: int, order_start: int, destination: list[Ref]
+    def store(
+        self, total: Any, first_row: Index, first_token: Index, rows: int, order_start: int, refs: list[Ref]
     ) -> None:
-        """Store a finished part; `destination` is the channel order, the bias where there is one, and the output."""
-        ref_types = [plgpu.RefType()] * len(destination)
+        """Store a finished part; `refs` are the shared memory on its way, channel order, output, and bias if any."""
+        ref_types = [plgpu.RefType()] * len(refs)
 
         @plgpu.inline_mgpu(arg_types=(_ACCUMULATOR, _SCALAR, _SCALAR, *ref_types))
-        def emit(ctx: Any, total: Any, first_row: Any, first_token: Any, order: Any, *rest: Any) -> None:
-            *bias, out = rest
-            registers.scatter_tile(
-                total,
+        def emit(ctx: Any, total: Any, first_row: Any, first_token: Any, *refs: Any) -> None:
+            shared, order, out, *bias = refs
+            to = store.Destination(
                 order,
                 bias[0] if bias else None,
                 out,
@@ -491,5 +499,6 @@ class _Emitted:
                 rows=rows,
                 order_start=order_start,
             )
+            store.store_tile(total, to, shared)
 
-        emit(total, first_row, first_token, *destination)
+        emit(total, first_row, first_token, *refs)

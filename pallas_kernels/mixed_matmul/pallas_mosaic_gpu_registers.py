@@ -1,4 +1,4 @@
-"""Register-level parts of the Hopper kernel: unpack, dot, scale one group; scatter a finished tile.
+"""Register-level parts of the Hopper kernel: unpack, dot, scale one group.
 
 Each function here is the body of a `plgpu.inline_mgpu` call: it emits code for the 128 threads of one warpgroup. The
 accumulator fragment of a `wgmma` of 64 channels x `tokens` places, in thread (warp w, lane l) of the warpgroup, channel
@@ -10,7 +10,6 @@ accumulator fragment of a `wgmma` of 64 channels x `tokens` places, in thread (w
 # The stubs of MLIR's Python bindings know only the raw builders, not the conveniences around them.
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
@@ -48,7 +47,7 @@ def _load(ref: ir.Value, index: ir.Value, dtype: ir.Type, lanes: int = 1) -> ir.
     return llvm.load(ir.VectorType.get((lanes,), dtype), pointer, alignment=lanes * utils.bytewidth(dtype))
 
 
-def _lane_position() -> tuple[ir.Value, ir.Value]:
+def lane_position() -> tuple[ir.Value, ir.Value]:
     """Channel within the warpgroup's 64 (the h = 0 one) and first token within each 8 of this thread's fragment."""
     thread = utils.thread_idx()
     lane = arith.andi(thread, _i32(31))
@@ -122,7 +121,7 @@ def unpack_codes4(packed: fa.FragmentedArray, zero_points: list[ir.Value]) -> fa
 
 def load_zero_points(ref: ir.Value, first: ir.Value) -> list[Any]:
     """The thread's two channels' zero points from uint8 `[first : first + 64]`, each copied to the bytes of a word."""
-    channel = arith.addi(first, _lane_position()[0])
+    channel = arith.addi(first, lane_position()[0])
     values = []
     for half in range(2):
         value = _load(ref, arith.addi(channel, _i32(8 * half)), ir.IntegerType.get_signless(8))
@@ -133,7 +132,7 @@ def load_zero_points(ref: ir.Value, first: ir.Value) -> list[Any]:
 
 def load_channel_scales(ref: ir.Value, first: ir.Value) -> list[Any]:
     """The thread's two channels' (scale, -12582912 * scale) from float16 `[first : first + 64]`; exact in float32."""
-    channel = arith.addi(first, _lane_position()[0])
+    channel = arith.addi(first, lane_position()[0])
     scales = []
     for half in range(2):
         scale = _load(ref, arith.addi(channel, _i32(8 * half)), ir.F16Type.get())
@@ -148,7 +147,7 @@ def load_token_scales(ref: ir.Value, first: ir.Value, tokens: int, *, pairs: boo
     `pairs` promises an even `first`, so that two scales are one aligned load.
     """
     f32 = ir.F32Type.get()
-    token = arith.addi(first, _lane_position()[1])
+    token = arith.addi(first, lane_position()[1])
     scales = []
     for block in range(tokens // 8):
         index = arith.addi(token, _i32(8 * block))
@@ -251,68 +250,3 @@ def add_scaled(
         new = mlir_math.fma(weighted, token_scales[2 * block + lane], _element(old))
         registers.flat[index] = vector.broadcast(ir.VectorType.get((1,), f32), new)
     return fa.FragmentedArray(_registers=registers, _layout=total.layout, _is_signed=None)
-
-
-def scatter_tile(
-    total: fa.FragmentedArray,
-    order: ir.Value,
-    bias: ir.Value | None,
-    out: ir.Value,
-    *,
-    first_row: ir.Value,
-    first_token: ir.Value,
-    rows: int,
-    order_start: int,
-) -> None:
-    """Store a finished tile `[64 channels, tokens]` in `out [tokens, out_features]`, columns in their places.
-
-    Args:
-        total: The tile, in float32.
-        order: int32 `[out_features]`, the output channel of each packed row.
-        bias: float32 `[out_features]`, or None.
-        out: Where to store.
-        first_row: Row of the tile among those of its bit width.
-        first_token: Token of the tile.
-        rows: Rows of this bit width.
-        order_start: Where they start in `order`.
-    """
-    i32, i64, f32 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64), ir.F32Type.get()
-    num_tokens, out_features = ir.MemRefType(out.type).shape
-    element = ir.MemRefType(out.type).element_type
-    global_pointer = llvm.PointerType.get(address_space=1)
-    channel, token = _lane_position()
-    pointers, added, valid_rows = [], [], []
-    out_pointer = llvm.addrspacecast(global_pointer, utils.memref_ptr(out))
-    for half in range(2):
-        row = arith.addi(first_row, arith.addi(channel, _i32(8 * half)))
-        valid = arith.cmpi(arith.CmpIPredicate.slt, row, _i32(rows))
-        safe = arith.select(valid, row, _i32(rows - 1))
-        column = _load(order, arith.addi(safe, _i32(order_start)), i32)
-        pointers.append(utils.getelementptr(out_pointer, [arith.extsi(i64, column)], element))
-        added.append(None if bias is None else _load(bias, column, f32))
-        valid_rows.append(valid)
-    registers = list(total.registers.flat)
-    blocks = range(len(registers) // 4)
-    constraint = "r" if element == f32 else "h"
-    for block, lane in itertools.product(blocks, range(2)):
-        this_token = arith.addi(first_token, arith.addi(token, _i32(8 * block + lane)))
-        valid_token = arith.cmpi(arith.CmpIPredicate.slt, this_token, _i32(num_tokens))
-        offset = arith.muli(arith.extsi(i64, this_token), arith.constant(i64, out_features))
-        for half in range(2):
-            register = registers[4 * block + 2 * half + lane]
-            value = _element(register)
-            if added[half] is not None:
-                value = arith.addf(value, added[half])
-            if element != f32:
-                value = llvm.bitcast(ir.IntegerType.get_signless(16), arith.truncf(element, value))
-            else:
-                value = llvm.bitcast(i32, value)
-            pointer = utils.getelementptr(pointers[half], [offset], element)
-            width = 16 if constraint == "h" else 32
-            llvm.inline_asm(
-                ir.Type.parse("!llvm.void"),
-                [pointer, value, arith.andi(valid_rows[half], valid_token)],
-                f"@$2 st.global.b{width} [$0], $1;",
-                f"l,{constraint},b",
-                has_side_effects=True,
-            )
