@@ -107,7 +107,17 @@ class Generation:
     finish_reason: Literal["stop", "length"]
 
 
-@functools.partial(jax.jit, static_argnames=("history",), donate_argnames=("cache", "last_logits"))
+# Every prompt brings a cache of its own, at other addresses: XLA would first write these into its CUDA graph, for
+# milliseconds in which the device idles. The kernels of a prompt are long enough to be launched one by one.
+_WITHOUT_CUDA_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("history",),
+    donate_argnames=("cache", "last_logits"),
+    compiler_options=_WITHOUT_CUDA_GRAPHS,
+)
 def prefill_step(
     flat_model: FlatModel,
     cache: KVCache,

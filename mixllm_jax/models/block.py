@@ -6,7 +6,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from mixllm_jax.models.attention import Attention
 from mixllm_jax.models.config import LINEAR_PATHS, ModelConfig, layer_part_name
@@ -126,10 +126,13 @@ class Block(nnx.Module):
         *,
         linear_call: LinearCall | None = None,
         history: int | None = None,
+        only: Int[Array, " batch"] | None = None,
     ) -> tuple[Hidden, Hidden, LayerCache | None]:
         """Runs the block on the residual stream `x + update` and returns its own last update not yet added.
 
-        Leaving the addition to the next block lets its fused norm do it. `history`: see `attention.attend`.
+        Leaving the addition to the next block lets its fused norm do it. `history`: see `attention.attend`. `only` is
+        the one token of each row that is wanted behind the attention: the last block of a prefill need not run its
+        linears for the others.
         """
         call = functools.partial(_call, batch=x.shape[0], linear_call=linear_call)
         attention, mlp = self.attention, self.mlp
@@ -138,6 +141,8 @@ class Block(nnx.Module):
         normed, x = _norm(self.attention_norm, x, update, attention.qkv_proj, fused)
         qkv = call("qkv_proj", attention.qkv_proj, normed)
         mixed, cache = attention.mix(qkv, rotary, cache, history=history, may_quantize=fused)
+        if only is not None and not isinstance(mixed, QuantizedActivations):
+            mixed, x = (jnp.take_along_axis(y, only[:, None, None], axis=1) for y in (mixed, x))
         update = call("o_proj", attention.o_proj, mixed)
 
         normed, x = _norm(self.mlp_norm, x, update, mlp.gate_up_proj, fused)

@@ -174,19 +174,20 @@ class Decoder(nnx.Module):
         start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.lengths
         rotary = rotary_embedding(self.config, start[:, None] + jnp.arange(length, dtype=jnp.int32))
 
+        last = jnp.maximum(lengths - 1, 0) if last_only and length > 1 else None
         x = self.embed(tokens)
         update: Array | None = None
         layer_caches: list[LayerCache] = []
         for index, block in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layers[index]
-            x, update, layer_cache = block.step(x, update, rotary, layer_cache, history=history)
+            only = last if index == self.config.num_layers - 1 else None
+            x, update, layer_cache = block.step(x, update, rotary, layer_cache, history=history, only=only)
             if layer_cache is not None:
                 layer_caches.append(layer_cache)
         if update is not None:
             x = x + update
         if last_only:
-            last = jnp.maximum(lengths - 1, 0)[:, None, None]
-            x = x[:, 0] if length == 1 else jnp.take_along_axis(x, last, axis=1)[:, 0]
+            x = x[:, 0]
         new_cache = None if cache is None else KVCache(tuple(layer_caches), cache.lengths + lengths)
         return self.head(x), new_cache
 
