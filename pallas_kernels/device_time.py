@@ -42,7 +42,9 @@ def kernel_times(
                 result = function(*arguments)
         jax.block_until_ready(result)
     finally:
-        timings = cupti._cupti_get_timings(False)
+        # Detaching makes CUPTI forget the names of kernels. It keeps them by handle, and the driver gives the handle of
+        # an unloaded kernel to the next one that is loaded, which would be reported under the other's name.
+        timings = cupti._cupti_get_timings(True)
     executions = repeats * len(argument_sets)
     launches: dict[str, list[float]] = collections.defaultdict(list)
     for name, milliseconds in timings or ():
