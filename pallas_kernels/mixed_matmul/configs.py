@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_config
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MULTIPROCESSORS, MosaicGpuConfig
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_config import MosaicGpuSplitConfig
 from pallas_kernels.mixed_matmul.triton_few_tokens import FewTokensConfig
 from pallas_kernels.mixed_matmul.triton_many_tokens import ManyTokensConfig
 from pallas_kernels.mixed_matmul.triton_tiles import Problem
@@ -24,6 +25,9 @@ TABLE_DIR = Path(__file__).parent / "tuned"
 Config = FewTokensConfig | ManyTokensConfig
 """Settings of a Triton kernel."""
 
+MosaicConfig = MosaicGpuConfig | MosaicGpuSplitConfig
+"""Settings of a Mosaic GPU kernel."""
+
 WARPS_OF_FEW_TOKENS = 16
 """Warps of the Triton kernel for few tokens that the registers of a multiprocessor hold at once."""
 
@@ -31,6 +35,7 @@ _KERNELS: dict[str, type[Any]] = {
     "few_tokens": FewTokensConfig,
     "many_tokens": ManyTokensConfig,
     "mosaic_gpu": MosaicGpuConfig,
+    "mosaic_gpu_split": MosaicGpuSplitConfig,
 }
 
 
@@ -53,7 +58,7 @@ class Entry:
     k: int
     group_size: int
     share_8bit: float
-    config: Config | MosaicGpuConfig
+    config: Config | MosaicConfig
     microseconds: float
 
     @property
@@ -70,7 +75,7 @@ class Entry:
     @property
     def implementation(self) -> str:
         """Name in the registry of the implementation that the configuration is for."""
-        return "mosaic_gpu" if isinstance(self.config, MosaicGpuConfig) else "triton"
+        return "mosaic_gpu" if isinstance(self.config, MosaicConfig) else "triton"
 
     def to_json(self) -> dict[str, Any]:
         """As in a table file."""
@@ -180,11 +185,13 @@ def _estimate(problem: Problem, entry: Entry) -> float:
     return RAMP + (entry.microseconds - RAMP) * max(computing, reading)
 
 
-def waves(config: Config | MosaicGpuConfig, problem: Problem) -> float:
+def waves(config: Config | MosaicConfig, problem: Problem) -> float:
     """Times that a multiprocessor computes a tile, or as many as fit it at once; at least 1.
 
     Programs of the Triton kernels start whenever one ends, so that a last wave may be partly filled at no loss.
     """
+    if isinstance(config, MosaicGpuSplitConfig):
+        return config.waves(problem)
     if isinstance(config, MosaicGpuConfig):
         channels = math.ceil(problem.n4 / config.tile_channels) + math.ceil(problem.n8 / config.tile_channels)
         return math.ceil(channels * math.ceil(problem.tokens / config.tile_tokens) / MULTIPROCESSORS)
@@ -197,9 +204,9 @@ def waves(config: Config | MosaicGpuConfig, problem: Problem) -> float:
     return max(1.0, tiles / (MULTIPROCESSORS * resident))
 
 
-def _weight_reads(config: Config | MosaicGpuConfig, problem: Problem) -> float:
+def _weight_reads(config: Config | MosaicConfig, problem: Problem) -> float:
     """Bits of the weight that are read: by the first tile of tokens, and at half the cost by the others."""
-    tile_tokens = config.tile_tokens if isinstance(config, MosaicGpuConfig) else config.tokens
+    tile_tokens = config.tile_tokens if isinstance(config, MosaicConfig) else config.tokens
     bits = problem.in_features * (4 * problem.n4 + 8 * problem.n8)
     return bits * (1 + math.ceil(problem.tokens / tile_tokens)) / 2
 

@@ -1,4 +1,4 @@
-"""Mosaic GPU implementation of the mixed matmul, for Hopper GPUs: picks the settings and launches the kernel."""
+"""Mosaic GPU implementation of the mixed matmul, for Hopper GPUs: picks the settings and launches a kernel."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pallas_kernels import registry
 from pallas_kernels.activations import QuantizedActivations
 from pallas_kernels.mixed_matmul import configs
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MULTIPROCESSORS, MosaicGpuConfig
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_config import MosaicGpuSplitConfig
 from pallas_kernels.mixed_matmul.triton_tiles import problem_of
 from pallas_kernels.packing import GROUP_SIZES, PackedWeight
 
@@ -24,14 +25,18 @@ def mixed_matmul(
     bias: jax.Array | None,
     *,
     out_dtype: jax.typing.DTypeLike,
-    config: MosaicGpuConfig | None = None,
+    config: MosaicGpuConfig | MosaicGpuSplitConfig | None = None,
 ) -> jax.Array:
     """The mixed matmul in one launch; `config` overrides the tuned choice."""
-    from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_kernel import launch  # imports slowly, and not everywhere
+    # Imports slowly, and not everywhere.
+    from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_kernel, pallas_mosaic_gpu_split
 
     if config is None:
         config = configs.choose(problem_of(activations, weight), registry.device_kind(), "mosaic_gpu")
-    return launch(activations, weight, bias, jnp.dtype(out_dtype), config, _multiprocessors())
+    arguments = (activations, weight, bias, jnp.dtype(out_dtype))
+    if isinstance(config, MosaicGpuSplitConfig):
+        return pallas_mosaic_gpu_split.launch(*arguments, config, _multiprocessors())
+    return pallas_mosaic_gpu_kernel.launch(*arguments, config, _multiprocessors())
 
 
 def refuses(

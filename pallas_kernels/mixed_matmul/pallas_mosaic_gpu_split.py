@@ -1,0 +1,494 @@
+"""Mixed-precision matmul for Hopper GPUs with few tokens: warpgroups and clusters of blocks split the input channels.
+
+With few tokens there are too few tiles of 64 channels to keep all multiprocessors loading, and one warpgroup takes
+longer for the dots and scales of a group than the memory takes to bring the next one. So the groups of a tile are
+shared out in runs: among the blocks of a cluster, each with a loader and a ring of its own, and in turn among the
+warpgroups of a block. Their sums meet in the shared memory of the cluster's first block, which adds them in a fixed
+order.
+"""
+
+# mypy: disable-error-code="arg-type,call-arg,attr-defined"
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+from pallas_kernels.activations import QuantizedActivations
+from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_registers as registers
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import CHANNELS_PER_WARPGROUP
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_kernel import _Emitted, _Slice, _swizzled
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_config import MosaicGpuSplitConfig
+from pallas_kernels.mixed_matmul.triton_tiles import problem_of
+from pallas_kernels.packing import PackedWeight
+
+Index = Any
+"""An int, or a traced int32 scalar."""
+
+Ref = Any
+"""A Pallas reference."""
+
+LOADER_REGISTERS = 24
+"""Registers of a loading thread; computing ones share the rest of the 512 that a multiprocessor has for each of 128."""
+
+_ACCUMULATOR = plgpu.Layout._WGMMA_ACC_32BIT
+_SCALAR = plgpu.Layout.WG_SPLAT(())
+
+
+def launch(
+    activations: QuantizedActivations,
+    weight: PackedWeight,
+    bias: jax.Array | None,
+    out_dtype: jnp.dtype,
+    config: MosaicGpuSplitConfig,
+    multiprocessors: int,
+) -> jax.Array:
+    """Quantised linear layer `[tokens, out_features]`; see `pallas_kernels.mixed_matmul.api.mixed_matmul`."""
+    config = config.fitted(problem_of(activations, weight))
+    kernel = _Kernel(activations.tokens, weight.n4, weight.n8, weight.num_groups, weight.group_size, config)
+    # Rows of scales are not always multiples of 16 bytes apart, as the copy engine wants of two axes: it gets one.
+    operands = {"codes": activations.codes, "token_scales": activations.scales.reshape(-1)}
+    if weight.n4:
+        operands |= {"codes4": weight.codes4, "scales4": weight.scales4.reshape(-1)}
+        operands |= {"zero_points4": weight.zero_points4.reshape(-1)}
+    if weight.n8:
+        operands |= {"codes8": weight.codes8, "scales8": weight.scales8.reshape(-1)}
+    operands["order"] = weight.channel_order
+    if bias is not None:
+        operands["bias"] = bias.astype(jnp.float32)
+    run = plgpu.kernel(
+        functools.partial(kernel.body, tuple(operands)),
+        out_type=jax.ShapeDtypeStruct((activations.tokens, weight.out_features), out_dtype),
+        scratch_types=kernel.scratch(),
+        grid=(min(multiprocessors // config.cluster, kernel.num_tiles),),
+        grid_names=("cluster",),
+        cluster=(config.cluster,),
+        cluster_names=("split",),
+        num_threads=config.warpgroups + 1,
+        thread_name="warpgroup",
+        kernel_name="mixed_matmul_mosaic_gpu_split",
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=True,
+        ),
+    )
+    return run(*operands.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tile:
+    index: Index
+    is8: bool
+    first_row: Index
+    first_token: Index
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kernel:
+    tokens: int
+    n4: int
+    n8: int
+    num_groups: int
+    group_size: int
+    config: MosaicGpuSplitConfig
+
+    @property
+    def tiles4(self) -> int:
+        return pl.cdiv(self.n4, CHANNELS_PER_WARPGROUP)
+
+    @property
+    def tiles8(self) -> int:
+        return pl.cdiv(self.n8, CHANNELS_PER_WARPGROUP)
+
+    @property
+    def token_tiles(self) -> int:
+        return pl.cdiv(self.tokens, self.config.tile_tokens)
+
+    @property
+    def num_tiles(self) -> int:
+        return (self.tiles4 + self.tiles8) * self.token_tiles
+
+    @property
+    def token_scales(self) -> _Slice:
+        return _Slice(self.tokens, self.config.tile_tokens, 4)
+
+    def channel_scales(self, is8: bool) -> _Slice:
+        return _Slice(self.n8 if is8 else self.n4, CHANNELS_PER_WARPGROUP, 2)
+
+    @property
+    def zero_points(self) -> _Slice:
+        return _Slice(self.n4, CHANNELS_PER_WARPGROUP, 1)
+
+    @property
+    def runs(self) -> int:
+        """Runs of groups of a tile in one block."""
+        return self.num_groups // (self.config.cluster * self.config.run)
+
+    def first_slot(self, run: Index) -> Index:
+        """First ring slot of a run, counted over all tiles of the block."""
+        runs = self.config.stages // self.config.run
+        return 0 if runs == 1 else lax.rem(run, runs) * self.config.run
+
+    def scratch(self) -> dict[str, Any]:
+        c, size = self.config, self.group_size
+        channel_scales = max(self.channel_scales(is8).copied for is8 in (False, True))
+        rings: dict[str, Any] = {
+            "activation_ring": plgpu.SMEM((c.stages, c.tile_tokens, size), jnp.int8, transforms=_swizzled(size)),
+            "token_scale_ring": plgpu.SMEM((c.stages, self.token_scales.copied), jnp.float32),
+            "channel_scale_ring": plgpu.SMEM((c.stages, channel_scales), jnp.float16),
+            "full": plgpu.Barrier(num_arrivals=5 if self.n4 else 4, num_barriers=c.stages),
+            "empty": plgpu.Barrier(num_arrivals=1, num_barriers=c.stages),
+        }
+        both = bool(self.n4 and self.n8)
+        ring4 = plgpu.SMEM(
+            (c.stages, 2 if both else 1, CHANNELS_PER_WARPGROUP, size // 2), jnp.uint8, transforms=_swizzled(size // 2)
+        )
+        ring8 = plgpu.SMEM((c.stages, CHANNELS_PER_WARPGROUP, size), jnp.int8, transforms=_swizzled(size))
+        if self.n4:
+            rings["zero_point_ring"] = plgpu.SMEM((c.stages, self.zero_points.copied), jnp.uint8)
+        rings["code_rings"] = plgpu.RefUnion(ring4, ring8) if both else ring4 if self.n4 else ring8
+        if c.splits > 1:
+            # Two sets: one is read while the next tile's sums arrive in the other.
+            rings["sums"] = plgpu.SMEM((2 * (c.splits - 1) * CHANNELS_PER_WARPGROUP * c.tile_tokens,), jnp.float32)
+            if c.cluster > 1:
+                rings["summed"] = plgpu.ClusterBarrier(collective_axes=("split",), num_arrivals=c.warpgroups)
+            else:
+                rings["summed"] = plgpu.Barrier(num_arrivals=c.warpgroups)
+        return rings
+
+    def code_slot(self, scratch: dict[str, Any], is8: bool, slot: Index) -> Ref:
+        ring4, ring8 = scratch["code_rings"] if self.n4 and self.n8 else (scratch["code_rings"],) * 2
+        return ring8.at[slot] if is8 else ring4.at[slot, 0]
+
+    def body(self, names: tuple[str, ...], *refs: Ref, **scratch: Any) -> None:
+        inputs, out = dict(zip(names, refs[:-1], strict=True)), refs[-1]
+        warpgroup, cluster = lax.axis_index("warpgroup"), lax.axis_index("cluster")
+        split, clusters = lax.axis_index("split"), lax.axis_size("cluster")
+        c = self.config
+        compute_registers = min(240, (512 - LOADER_REGISTERS) // c.warpgroups // 8 * 8)
+
+        @pl.when(warpgroup == c.warpgroups)
+        def _loader() -> None:
+            plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+
+            @plgpu.warp_map
+            def _warps(warp: Index) -> None:
+                @pl.when(warp == 0)
+                def _first_warp() -> None:
+                    self.for_each_tile(cluster, clusters, functools.partial(self.load_tile, inputs, scratch, split))
+
+        @pl.when(warpgroup < c.warpgroups)
+        def _compute() -> None:
+            plgpu.set_max_registers(compute_registers, action="increase")
+            self.for_each_tile(
+                cluster, clusters, functools.partial(self.compute_tile, inputs, out, scratch, warpgroup, split)
+            )
+
+    def for_each_tile(self, cluster: Index, clusters: int, visit: Callable[[_Tile], None]) -> None:
+        """Visit the tiles of this cluster; 8-bit ones come first, since they take longest."""
+
+        def one(index: Index, _: None) -> None:
+            tile = index * clusters + cluster
+            channel_tile, token_tile = lax.div(tile, self.token_tiles), lax.rem(tile, self.token_tiles)
+            first_token = token_tile * self.config.tile_tokens
+
+            def visit_kind(is8: bool, tile: Index) -> None:
+                visit(_Tile(index, is8, tile * CHANNELS_PER_WARPGROUP, first_token))
+
+            if not (self.n4 and self.n8):
+                visit_kind(not self.n4, channel_tile)
+                return
+            is8 = channel_tile < self.tiles8
+            pl.when(is8)(lambda: visit_kind(True, channel_tile))
+            pl.when(jnp.logical_not(is8))(lambda: visit_kind(False, channel_tile - self.tiles8))
+
+        lax.fori_loop(0, lax.div(self.num_tiles - 1 - cluster, clusters) + 1, one, None)
+
+    def load_tile(self, inputs: dict[str, Ref], scratch: dict[str, Any], split: Index, tile: _Tile) -> None:
+        c, size, bits = self.config, self.group_size, "8" if tile.is8 else "4"
+        scales = self.channel_scales(tile.is8)
+
+        def load_group(group: Index, slot: Index) -> None:
+            tokens = pl.ds(tile.first_token, c.tile_tokens)
+            copies = [
+                (
+                    inputs["codes" + bits].at[group, pl.ds(tile.first_row, CHANNELS_PER_WARPGROUP)],
+                    self.code_slot(scratch, tile.is8, slot),
+                ),
+                (inputs["codes"].at[tokens, pl.ds(group * size, size)], scratch["activation_ring"].at[slot]),
+                (
+                    scales.window(inputs["scales" + bits], group, tile.first_row),
+                    scratch["channel_scale_ring"].at[slot, pl.ds(0, scales.copied)],
+                ),
+                (
+                    self.token_scales.window(inputs["token_scales"], group, tile.first_token),
+                    scratch["token_scale_ring"].at[slot],
+                ),
+            ]
+            if not tile.is8:
+                window = self.zero_points.window(inputs["zero_points4"], group, tile.first_row)
+                copies.append((window, scratch["zero_point_ring"].at[slot]))
+            for source, destination in copies:
+                plgpu.copy_gmem_to_smem(source, destination, scratch["full"].at[slot])
+            if tile.is8 and self.n4:
+                plgpu.barrier_arrive(scratch["full"].at[slot])
+
+        def load_run(index: Index, _: None) -> None:
+            run = tile.index * self.runs + index
+            first_slot = self.first_slot(run)
+            for offset in range(c.run):
+
+                @pl.when(run * c.run + offset >= c.stages)
+                def _wait(offset: int = offset) -> None:
+                    plgpu.barrier_wait(scratch["empty"].at[first_slot + offset])
+
+                load_group((split * self.runs + index) * c.run + offset, first_slot + offset)
+
+        lax.fori_loop(0, self.runs, load_run, None)
+
+    def compute_tile(
+        self,
+        inputs: dict[str, Ref],
+        out: Ref,
+        scratch: dict[str, Any],
+        warpgroup: Index,
+        split: Index,
+        tile: _Tile,
+    ) -> None:
+        c, is8 = self.config, tile.is8
+        emit = _Emitted(self.group_size, c.tile_tokens, is8, even_tokens=self.tokens % 2 == 0)
+
+        def wait_and_load(group: Index, slot: Index) -> Any:
+            plgpu.barrier_wait(scratch["full"].at[slot])
+            codes = self.code_slot(scratch, is8, slot)
+            if is8:
+                return emit.load_codes8(codes)
+            return emit.load_codes4(codes, scratch["zero_point_ring"].at[slot], self.zero_points.lead(group))
+
+        def start(codes: Any, slot: Index) -> Any:
+            return emit.start_dot(emit.magic_accumulator(), codes, scratch["activation_ring"].at[slot])
+
+        def finish(accumulator: Any, codes: Any, total: Any, group: Index, slot: Index) -> Any:
+            return emit.finish_dot(
+                0,
+                accumulator,
+                codes,
+                total,
+                scratch["channel_scale_ring"].at[slot],
+                self.channel_scales(is8).lead(group),
+                scratch["token_scale_ring"].at[slot],
+                self.token_scales.lead(group),
+            )
+
+        # The runs of all tiles go to the warpgroups in turn, so that a ring slot is always the same warpgroup's.
+        first_run = tile.index * self.runs
+        first = lax.rem(warpgroup + c.warpgroups - lax.rem(first_run, c.warpgroups), c.warpgroups)
+
+        def add_run(index: Index, total: Any) -> Any:
+            run = first + index * c.warpgroups
+            first_slot = self.first_slot(first_run + run)
+            first_group = (split * self.runs + run) * c.run
+            codes = wait_and_load(first_group, first_slot)
+            accumulator = start(codes, first_slot)
+            for offset in range(c.run):
+                group, slot = first_group + offset, first_slot + offset
+                is_last = offset == c.run - 1
+                next_codes = codes if is_last else wait_and_load(group + 1, slot + 1)
+                total = finish(accumulator, codes, total, group, slot)
+                plgpu.barrier_arrive(scratch["empty"].at[slot])
+                if not is_last:
+                    accumulator = start(next_codes, slot + 1)
+                codes = next_codes
+            return total
+
+        # Read now, since it takes a while to arrive: the output channels of the tile, and their biases.
+        rows = self.n8 if is8 else self.n4
+        order_start = self.n4 if is8 else 0
+        columns = load_columns(inputs["order"], tile.first_row, rows, order_start)
+
+        runs = lax.div(self.runs - first + c.warpgroups - 1, c.warpgroups)
+        total = lax.fori_loop(0, runs, add_run, emit.zero_total())
+        destination = [*([inputs["bias"]] if "bias" in inputs else []), out]
+
+        def store(total: Any) -> None:
+            store_tile(total, columns, tile.first_row, tile.first_token, rows, destination)
+
+        if c.splits == 1:
+            store(total)
+            return
+        which = split * c.warpgroups + warpgroup
+        size = CHANNELS_PER_WARPGROUP * c.tile_tokens
+        base = lax.rem(tile.index, 2) * ((c.splits - 1) * size)
+
+        @pl.when(which > 0)
+        def _push() -> None:
+            push_sums(total, scratch["sums"], base + (which - 1) * size, remote=c.cluster > 1)
+
+        plgpu.barrier_arrive(scratch["summed"])
+        plgpu.barrier_wait(scratch["summed"])
+
+        @pl.when(which == 0)
+        def _add() -> None:
+            store(add_sums(total, scratch["sums"], base, c.splits - 1, size, fence=c.cluster > 1))
+
+
+def _thread_slot(first: Any) -> Any:
+    i32 = ir.IntegerType.get_signless(32)
+    thread = arith.andi(utils.thread_idx(), arith.constant(i32, 127))
+    return arith.addi(first, arith.muli(thread, arith.constant(i32, 4)))
+
+
+def push_sums(total: Any, sums: Ref, first: Index, *, remote: bool) -> None:
+    """Store a warpgroup's sums in the shared memory of the cluster's first block."""
+
+    @plgpu.inline_mgpu(arg_types=(_ACCUMULATOR, plgpu.RefType(), _SCALAR))
+    def emit(ctx: Any, total: fa.FragmentedArray, sums: ir.Value, first: fa.FragmentedArray) -> None:
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        slot = _thread_slot(first.registers.item())
+        values = [registers._element(register) for register in total.registers.flat]
+        for block in range(len(values) // 4):
+            index = arith.addi(slot, arith.constant(i32, block * 512))
+            pointer = utils.getelementptr(utils.memref_ptr(sums), [index], f32)
+            address = llvm.ptrtoint(i32, pointer)
+            if remote:
+                first_block = ".reg .b32 a; mapa.shared::cluster.u32 a, $0, 0;"
+                asm = f"{{ {first_block} st.shared::cluster.v4.f32 [a], {{$1, $2, $3, $4}}; }}"
+            else:
+                asm = "st.shared.v4.f32 [$0], {$1, $2, $3, $4};"
+            llvm.inline_asm(
+                ir.Type.parse("!llvm.void"),
+                [address, *values[4 * block : 4 * block + 4]],
+                asm,
+                "r,f,f,f,f,~{memory}",
+                has_side_effects=True,
+            )
+        if remote:
+            llvm.inline_asm(
+                ir.Type.parse("!llvm.void"), [], "fence.acq_rel.cluster;", "~{memory}", has_side_effects=True
+            )
+            utils.warpgroup_barrier()
+
+    emit(total, sums, first)
+
+
+def add_sums(total: Any, sums: Ref, base: Index, count: int, size: int, *, fence: bool) -> Any:
+    """Add the sums that the other warpgroups stored, in their order."""
+    total_type = plgpu.ShapeDtypeStruct(
+        (CHANNELS_PER_WARPGROUP, size // CHANNELS_PER_WARPGROUP), jnp.float32, _ACCUMULATOR
+    )
+
+    @plgpu.inline_mgpu(arg_types=(_ACCUMULATOR, plgpu.RefType(), _SCALAR), return_type=total_type)
+    def emit(ctx: Any, total: fa.FragmentedArray, sums: ir.Value, base: fa.FragmentedArray) -> fa.FragmentedArray:
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        if fence:
+            llvm.inline_asm(
+                ir.Type.parse("!llvm.void"), [], "fence.acq_rel.cluster;", "~{memory}", has_side_effects=True
+            )
+        slot = _thread_slot(base.registers.item())
+        values = [registers._element(register) for register in total.registers.flat]
+        for other in range(count):
+            for block in range(len(values) // 4):
+                index = arith.addi(slot, arith.constant(i32, other * size + block * 512))
+                address = llvm.ptrtoint(i32, utils.getelementptr(utils.memref_ptr(sums), [index], f32))
+                quad = llvm.inline_asm(
+                    llvm.StructType.get_literal([f32] * 4),
+                    [address],
+                    "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];",
+                    "=f,=f,=f,=f,r,~{memory}",
+                    has_side_effects=True,
+                )
+                for lane in range(4):
+                    values[4 * block + lane] = arith.addf(
+                        values[4 * block + lane], llvm.extractvalue(f32, quad, [lane])
+                    )
+        out = np.empty(total.registers.shape, dtype=object)
+        for place, value in enumerate(values):
+            out.flat[place] = vector.broadcast(ir.VectorType.get((1,), f32), value)
+        return fa.FragmentedArray(_registers=out, _layout=total.layout, _is_signed=None)
+
+    return emit(total, sums, base)
+
+
+_ROWS = plgpu.Layout.WGMMA.reduce(1)
+
+
+def load_columns(order: Ref, first_row: Index, rows: int, order_start: int) -> Any:
+    """Output channels of a tile's rows, int32 `[64]`."""
+    columns_type = plgpu.ShapeDtypeStruct((CHANNELS_PER_WARPGROUP,), jnp.int32, _ROWS)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR), return_type=columns_type)
+    def emit(ctx: Any, order: ir.Value, first_row: fa.FragmentedArray) -> fa.FragmentedArray:
+        i32 = ir.IntegerType.get_signless(32)
+        out = fa.FragmentedArray.splat(
+            arith.constant(i32, 0), (CHANNELS_PER_WARPGROUP,), fa.WGMMA_ROW_LAYOUT, is_signed=True
+        )
+        values = out.registers.copy()
+        for half in range(2):
+            row = arith.addi(
+                first_row.registers.item(), arith.addi(registers.lane_position()[0], registers._i32(8 * half))
+            )
+            row = arith.minsi(row, registers._i32(rows - 1))
+            column = registers._load(order, arith.addi(row, registers._i32(order_start)), i32)
+            values.flat[half] = vector.broadcast(values.flat[half].type, column)
+        return fa.FragmentedArray(_registers=values, _layout=out.layout, _is_signed=True)
+
+    return emit(order, first_row)
+
+
+def store_tile(
+    total: Any, columns: Any, first_row: Index, first_token: Index, rows: int, destination: list[Ref]
+) -> None:
+    """Store a finished tile, columns in their places; `destination` is the bias, where there is one, and the output."""
+
+    @plgpu.inline_mgpu(arg_types=(_ACCUMULATOR, _ROWS, _SCALAR, _SCALAR, *[plgpu.RefType()] * len(destination)))
+    def emit(ctx: Any, total: Any, columns: Any, first_row: Any, first_token: Any, *refs: Any) -> None:
+        *bias, out = refs
+        i32, i64, f32 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64), ir.F32Type.get()
+        num_tokens, out_features = ir.MemRefType(out.type).shape
+        element = ir.MemRefType(out.type).element_type
+        channel, token = registers.lane_position()
+        pointer = llvm.addrspacecast(llvm.PointerType.get(address_space=1), utils.memref_ptr(out))
+        first = arith.addi(first_token.registers.item(), token)
+        values = [registers._element(register) for register in total.registers.flat]
+        for half in range(2):
+            row = arith.addi(first_row.registers.item(), arith.addi(channel, registers._i32(8 * half)))
+            valid_row = arith.cmpi(arith.CmpIPredicate.slt, row, registers._i32(rows))
+            column = registers._element(columns.registers.flat[half])
+            added = registers._load(bias[0], column, f32) if bias else None
+            start = utils.getelementptr(pointer, [arith.extsi(i64, column)], element)
+            for index in range(half * 2, len(values), 4):
+                for lane in range(2):
+                    this_token = arith.addi(first, registers._i32(index // 4 * 8 + lane))
+                    valid = arith.andi(
+                        valid_row, arith.cmpi(arith.CmpIPredicate.slt, this_token, registers._i32(num_tokens))
+                    )
+                    offset = arith.muli(arith.extsi(i64, this_token), arith.constant(i64, out_features))
+                    value = values[index + lane]
+                    if added is not None:
+                        value = arith.addf(value, added)
+                    wide = element == f32
+                    if wide:
+                        value = llvm.bitcast(i32, value)
+                    else:
+                        value = llvm.bitcast(ir.IntegerType.get_signless(16), arith.truncf(element, value))
+                    llvm.inline_asm(
+                        ir.Type.parse("!llvm.void"),
+                        [utils.getelementptr(start, [offset], element), value, valid],
+                        f"@$2 st.global.b{32 if wide else 16} [$0], $1;",
+                        f"l,{'r' if wide else 'h'},b",
+                        has_side_effects=True,
+                    )
+
+    emit(total, columns, first_row, first_token, *destination)
