@@ -124,6 +124,13 @@ class Bench:
         """The longest of the plan's prompts that fits into a context; a prompt of its own would be more programs."""
         return max((prompt for prompt in self.plan.prompts if prompt < context), default=0)
 
+    def context_of(self, prompt: int) -> int:
+        """The cache in which a prompt is timed: that of a decode case, where one is large enough, has its program."""
+        return min(
+            (context for context in self.plan.contexts if context > prompt),
+            default=self.engine.cache_length(prompt + 1),
+        )
+
     def decode_case(self, batch: int, context: int, bandwidth: float) -> dict[str, Any]:
         """Speed of the last steps before `context`; with one row, a prefill may run first, for the peak of memory."""
         chunks, start = self.decode_chunks(context), self.decode_start(context)
@@ -202,7 +209,7 @@ def compile_all(plan: Plan, cases: list[tuple[int, int]]) -> dict[tuple[int, int
     """Compiles every program on all cores and returns those for decoding; failures show again when the case runs."""
     bench = Bench(jax.eval_shape(lambda: build_model(plan)), plan, {})
     jobs: list[Callable[[], None]] = [lambda case=case: bench.compile_decode(*case) for case in cases]  # type: ignore[misc]
-    prefills = {(prompt, bench.engine.cache_length(prompt + 1)) for prompt in plan.prompts}
+    prefills = {(prompt, bench.context_of(prompt)) for prompt in plan.prompts}
     before = {(bench.prompt_before(context), context) for batch, context in cases if batch == 1}
     prefills |= {(prompt, context) for prompt, context in before if prompt}
     jobs += [lambda case=case: bench.compile_prefill(*case) for case in prefills]  # type: ignore[misc]
@@ -236,7 +243,7 @@ def main() -> None:
             note(f"  {what} failed: {type(error).__name__}: {str(error)[:400]}")
 
     def first_token_case(prompt: int) -> None:
-        milliseconds = bench.time_to_first_token(prompt, bench.engine.cache_length(prompt + 1))
+        milliseconds = bench.time_to_first_token(prompt, bench.context_of(prompt))
         emit("row", plan.row(1, prompt, time_to_first_token_ms=round(milliseconds, 2)))
 
     def decode_case(batch: int, context: int) -> None:
@@ -258,7 +265,7 @@ def main() -> None:
     prompts = [prompt for prompt in plan.prompts if prompt <= _PROFILED_PROMPT]
     if plan.profile and prompts:
         prompt = max(prompts)
-        step = functools.partial(bench.profile_prefill, prompt, bench.engine.cache_length(prompt + 1))
+        step = functools.partial(bench.profile_prefill, prompt, bench.context_of(prompt))
         guarded("profile", functools.partial(profile_case, 1, prompt, "prefill", step))
     note(f"  done after {time.monotonic() - began:.0f} s")
 
