@@ -7,7 +7,6 @@ warpgroups of a block. Their sums meet in the shared memory of the cluster's fir
 order.
 """
 
-# mypy: disable-error-code="arg-type,call-arg,attr-defined"
 from __future__ import annotations
 
 import dataclasses
@@ -17,17 +16,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import fragmented_array as fa
-from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels.activations import QuantizedActivations
-from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_registers as registers
+from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_split_output as output
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import CHANNELS_PER_WARPGROUP
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_kernel import _Emitted, _Slice, _swizzled
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_config import MosaicGpuSplitConfig
@@ -42,9 +36,6 @@ Ref = Any
 
 LOADER_REGISTERS = 24
 """Registers of a loading thread; computing ones share the rest of the 512 that a multiprocessor has for each of 128."""
-
-_ACCUMULATOR = plgpu.Layout._WGMMA_ACC_32BIT
-_SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
 def launch(
@@ -316,14 +307,13 @@ class _Kernel:
         # Read now, since it takes a while to arrive: the output channels of the tile, and their biases.
         rows = self.n8 if is8 else self.n4
         order_start = self.n4 if is8 else 0
-        columns = load_columns(inputs["order"], tile.first_row, rows, order_start)
+        columns = output.load_columns(inputs["order"], tile.first_row, rows, order_start)
 
         runs = lax.div(self.runs - first + c.warpgroups - 1, c.warpgroups)
         total = lax.fori_loop(0, runs, add_run, emit.zero_total())
-        destination = [*([inputs["bias"]] if "bias" in inputs else []), out]
 
         def store(total: Any) -> None:
-            store_tile(total, columns, tile.first_row, tile.first_token, rows, destination)
+            output.store_tile(total, columns, tile.first_row, tile.first_token, rows, inputs.get("bias"), out)
 
         if c.splits == 1:
             store(total)
@@ -334,161 +324,12 @@ class _Kernel:
 
         @pl.when(which > 0)
         def _push() -> None:
-            push_sums(total, scratch["sums"], base + (which - 1) * size, remote=c.cluster > 1)
+            output.push_sums(total, scratch["sums"], base + (which - 1) * size, remote=c.cluster > 1)
 
         plgpu.barrier_arrive(scratch["summed"])
         plgpu.barrier_wait(scratch["summed"])
 
         @pl.when(which == 0)
         def _add() -> None:
-            store(add_sums(total, scratch["sums"], base, c.splits - 1, size, fence=c.cluster > 1))
-
-
-def _thread_slot(first: Any) -> Any:
-    i32 = ir.IntegerType.get_signless(32)
-    thread = arith.andi(utils.thread_idx(), arith.constant(i32, 127))
-    return arith.addi(first, arith.muli(thread, arith.constant(i32, 4)))
-
-
-def push_sums(total: Any, sums: Ref, first: Index, *, remote: bool) -> None:
-    """Store a warpgroup's sums in the shared memory of the cluster's first block."""
-
-    @plgpu.inline_mgpu(arg_types=(_ACCUMULATOR, plgpu.RefType(), _SCALAR))
-    def emit(ctx: Any, total: fa.FragmentedArray, sums: ir.Value, first: fa.FragmentedArray) -> None:
-        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        slot = _thread_slot(first.registers.item())
-        values = [registers._element(register) for register in total.registers.flat]
-        for block in range(len(values) // 4):
-            index = arith.addi(slot, arith.constant(i32, block * 512))
-            pointer = utils.getelementptr(utils.memref_ptr(sums), [index], f32)
-            address = llvm.ptrtoint(i32, pointer)
-            if remote:
-                first_block = ".reg .b32 a; mapa.shared::cluster.u32 a, $0, 0;"
-                asm = f"{{ {first_block} st.shared::cluster.v4.f32 [a], {{$1, $2, $3, $4}}; }}"
-            else:
-                asm = "st.shared.v4.f32 [$0], {$1, $2, $3, $4};"
-            llvm.inline_asm(
-                ir.Type.parse("!llvm.void"),
-                [address, *values[4 * block : 4 * block + 4]],
-                asm,
-                "r,f,f,f,f,~{memory}",
-                has_side_effects=True,
-            )
-        if remote:
-            llvm.inline_asm(
-                ir.Type.parse("!llvm.void"), [], "fence.acq_rel.cluster;", "~{memory}", has_side_effects=True
-            )
-            utils.warpgroup_barrier()
-
-    emit(total, sums, first)
-
-
-def add_sums(total: Any, sums: Ref, base: Index, count: int, size: int, *, fence: bool) -> Any:
-    """Add the sums that the other warpgroups stored, in their order."""
-    total_type = plgpu.ShapeDtypeStruct(
-        (CHANNELS_PER_WARPGROUP, size // CHANNELS_PER_WARPGROUP), jnp.float32, _ACCUMULATOR
-    )
-
-    @plgpu.inline_mgpu(arg_types=(_ACCUMULATOR, plgpu.RefType(), _SCALAR), return_type=total_type)
-    def emit(ctx: Any, total: fa.FragmentedArray, sums: ir.Value, base: fa.FragmentedArray) -> fa.FragmentedArray:
-        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        if fence:
-            llvm.inline_asm(
-                ir.Type.parse("!llvm.void"), [], "fence.acq_rel.cluster;", "~{memory}", has_side_effects=True
-            )
-        slot = _thread_slot(base.registers.item())
-        values = [registers._element(register) for register in total.registers.flat]
-        for other in range(count):
-            for block in range(len(values) // 4):
-                index = arith.addi(slot, arith.constant(i32, other * size + block * 512))
-                address = llvm.ptrtoint(i32, utils.getelementptr(utils.memref_ptr(sums), [index], f32))
-                quad = llvm.inline_asm(
-                    llvm.StructType.get_literal([f32] * 4),
-                    [address],
-                    "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];",
-                    "=f,=f,=f,=f,r,~{memory}",
-                    has_side_effects=True,
-                )
-                for lane in range(4):
-                    values[4 * block + lane] = arith.addf(
-                        values[4 * block + lane], llvm.extractvalue(f32, quad, [lane])
-                    )
-        out = np.empty(total.registers.shape, dtype=object)
-        for place, value in enumerate(values):
-            out.flat[place] = vector.broadcast(ir.VectorType.get((1,), f32), value)
-        return fa.FragmentedArray(_registers=out, _layout=total.layout, _is_signed=None)
-
-    return emit(total, sums, base)
-
-
-_ROWS = plgpu.Layout.WGMMA.reduce(1)
-
-
-def load_columns(order: Ref, first_row: Index, rows: int, order_start: int) -> Any:
-    """Output channels of a tile's rows, int32 `[64]`."""
-    columns_type = plgpu.ShapeDtypeStruct((CHANNELS_PER_WARPGROUP,), jnp.int32, _ROWS)
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR), return_type=columns_type)
-    def emit(ctx: Any, order: ir.Value, first_row: fa.FragmentedArray) -> fa.FragmentedArray:
-        i32 = ir.IntegerType.get_signless(32)
-        out = fa.FragmentedArray.splat(
-            arith.constant(i32, 0), (CHANNELS_PER_WARPGROUP,), fa.WGMMA_ROW_LAYOUT, is_signed=True
-        )
-        values = out.registers.copy()
-        for half in range(2):
-            row = arith.addi(
-                first_row.registers.item(), arith.addi(registers.lane_position()[0], registers._i32(8 * half))
-            )
-            row = arith.minsi(row, registers._i32(rows - 1))
-            column = registers._load(order, arith.addi(row, registers._i32(order_start)), i32)
-            values.flat[half] = vector.broadcast(values.flat[half].type, column)
-        return fa.FragmentedArray(_registers=values, _layout=out.layout, _is_signed=True)
-
-    return emit(order, first_row)
-
-
-def store_tile(
-    total: Any, columns: Any, first_row: Index, first_token: Index, rows: int, destination: list[Ref]
-) -> None:
-    """Store a finished tile, columns in their places; `destination` is the bias, where there is one, and the output."""
-
-    @plgpu.inline_mgpu(arg_types=(_ACCUMULATOR, _ROWS, _SCALAR, _SCALAR, *[plgpu.RefType()] * len(destination)))
-    def emit(ctx: Any, total: Any, columns: Any, first_row: Any, first_token: Any, *refs: Any) -> None:
-        *bias, out = refs
-        i32, i64, f32 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64), ir.F32Type.get()
-        num_tokens, out_features = ir.MemRefType(out.type).shape
-        element = ir.MemRefType(out.type).element_type
-        channel, token = registers.lane_position()
-        pointer = llvm.addrspacecast(llvm.PointerType.get(address_space=1), utils.memref_ptr(out))
-        first = arith.addi(first_token.registers.item(), token)
-        values = [registers._element(register) for register in total.registers.flat]
-        for half in range(2):
-            row = arith.addi(first_row.registers.item(), arith.addi(channel, registers._i32(8 * half)))
-            valid_row = arith.cmpi(arith.CmpIPredicate.slt, row, registers._i32(rows))
-            column = registers._element(columns.registers.flat[half])
-            added = registers._load(bias[0], column, f32) if bias else None
-            start = utils.getelementptr(pointer, [arith.extsi(i64, column)], element)
-            for index in range(half * 2, len(values), 4):
-                for lane in range(2):
-                    this_token = arith.addi(first, registers._i32(index // 4 * 8 + lane))
-                    valid = arith.andi(
-                        valid_row, arith.cmpi(arith.CmpIPredicate.slt, this_token, registers._i32(num_tokens))
-                    )
-                    offset = arith.muli(arith.extsi(i64, this_token), arith.constant(i64, out_features))
-                    value = values[index + lane]
-                    if added is not None:
-                        value = arith.addf(value, added)
-                    wide = element == f32
-                    if wide:
-                        value = llvm.bitcast(i32, value)
-                    else:
-                        value = llvm.bitcast(ir.IntegerType.get_signless(16), arith.truncf(element, value))
-                    llvm.inline_asm(
-                        ir.Type.parse("!llvm.void"),
-                        [utils.getelementptr(start, [offset], element), value, valid],
-                        f"@$2 st.global.b{32 if wide else 16} [$0], $1;",
-                        f"l,{'r' if wide else 'h'},b",
-                        has_side_effects=True,
-                    )
-
-    emit(total, columns, first_row, first_token, *destination)
+            firsts = [base + other * size for other in range(c.splits - 1)]
+            store(output.add_sums(total, scratch["sums"], firsts, remote=c.cluster > 1))

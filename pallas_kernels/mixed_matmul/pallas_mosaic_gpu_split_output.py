@@ -1,0 +1,180 @@
+"""The end of a tile whose input channels were split: its sums meet in shared memory, and the total is stored.
+
+Each function is called by all threads of a warpgroup. A tile is 64 channels x some tokens, in the fragment of `wgmma`
+that pallas_mosaic_gpu_registers.py describes.
+"""
+
+# mypy: disable-error-code="arg-type,call-arg,attr-defined"
+# The stubs of MLIR's Python bindings know only the raw builders, not the conveniences around them.
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import CHANNELS_PER_WARPGROUP
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_registers import lane_position
+
+Index = Any
+"""An int, or a traced int32 scalar."""
+
+Ref = Any
+"""A Pallas reference."""
+
+_ACCUMULATOR = plgpu.Layout._WGMMA_ACC_32BIT
+_ROWS = plgpu.Layout.WGMMA.reduce(1)
+_SCALAR = plgpu.Layout.WG_SPLAT(())
+
+
+def push_sums(total: Any, sums: Ref, first: Index, *, remote: bool) -> None:
+    """Store a tile's float32 sums at `sums[first:]`, in the shared memory of the cluster's first block if `remote`."""
+
+    @plgpu.inline_mgpu(arg_types=(_ACCUMULATOR, plgpu.RefType(), _SCALAR))
+    def emit(ctx: Any, total: fa.FragmentedArray, sums: ir.Value, first: fa.FragmentedArray) -> None:
+        asm = "st.shared.v4.f32 [$0], {$1, $2, $3, $4};"
+        if remote:
+            asm = "mapa.shared::cluster.u32 a, $0, 0; st.shared::cluster.v4.f32 [a], {$1, $2, $3, $4};"
+        for address, values in zip(_addresses(sums, first, total), _fours(_elements(total)), strict=True):
+            _asm(f"{{ .reg .b32 a; {asm} }}", "r,f,f,f,f", [address, *values])
+        if remote:  # one thread will announce the sums of all
+            _asm("fence.acq_rel.cluster;", "", [])
+            utils.warpgroup_barrier()
+
+    emit(total, sums, first)
+
+
+def add_sums(total: Any, sums: Ref, firsts: list[Index], *, remote: bool) -> Any:
+    """`total` plus the sums that were stored at `sums[first:]`, for each of `firsts` in turn."""
+    tokens = total.shape[1]
+    total_type = plgpu.ShapeDtypeStruct((CHANNELS_PER_WARPGROUP, tokens), jnp.float32, _ACCUMULATOR)
+
+    @plgpu.inline_mgpu(arg_types=(_ACCUMULATOR, plgpu.RefType(), *[_SCALAR] * len(firsts)), return_type=total_type)
+    def emit(ctx: Any, total: fa.FragmentedArray, sums: ir.Value, *firsts: fa.FragmentedArray) -> fa.FragmentedArray:
+        if remote:
+            _asm("fence.acq_rel.cluster;", "", [])
+        f32 = ir.F32Type.get()
+        four_floats = llvm.StructType.get_literal([f32] * 4)
+        values = _elements(total)
+        for first in firsts:
+            for block, address in enumerate(_addresses(sums, first, total)):
+                others = _asm("ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,r", [address], four_floats)
+                for lane in range(4):
+                    other = llvm.extractvalue(f32, others, [lane])
+                    values[4 * block + lane] = arith.addf(values[4 * block + lane], other)
+        added = np.empty(total.registers.shape, dtype=object)
+        for place, value in enumerate(values):
+            added.flat[place] = vector.broadcast(ir.VectorType.get((1,), f32), value)
+        return fa.FragmentedArray(_registers=added, _layout=total.layout, _is_signed=None)
+
+    return emit(total, sums, *firsts)
+
+
+def load_columns(order: Ref, first_row: Index, rows: int, order_start: int) -> Any:
+    """Output channels of a tile's rows, int32 `[64]`; past the end, the last one.
+
+    Args:
+        order: int32 `[out_features]`, the output channel of each packed row.
+        first_row: Row of the tile among those of its bit width.
+        rows: Rows of this bit width.
+        order_start: Where they start in `order`.
+    """
+    columns_type = plgpu.ShapeDtypeStruct((CHANNELS_PER_WARPGROUP,), jnp.int32, _ROWS)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR), return_type=columns_type)
+    def emit(ctx: Any, order: ir.Value, first_row: fa.FragmentedArray) -> fa.FragmentedArray:
+        columns = fa.FragmentedArray.splat(_i32(0), (CHANNELS_PER_WARPGROUP,), fa.WGMMA_ROW_LAYOUT, is_signed=True)
+        registers = columns.registers.copy()
+        for half in range(2):
+            row = arith.minsi(_row(first_row, half), _i32(rows - 1))
+            pointer = utils.getelementptr(utils.memref_ptr(order), [arith.addi(row, _i32(order_start))], row.type)
+            registers.flat[half] = vector.broadcast(registers.flat[half].type, llvm.load(row.type, pointer))
+        return fa.FragmentedArray(_registers=registers, _layout=columns.layout, _is_signed=True)
+
+    return emit(order, first_row)
+
+
+def store_tile(
+    total: Any, columns: Any, first_row: Index, first_token: Index, rows: int, bias: Ref | None, out: Ref
+) -> None:
+    """Store a finished tile in `out [tokens, out_features]`, its rows at `columns`; `bias` is float32 `[out_features]`.
+
+    Straight from the registers, two or four bytes at a time: a tile with few tokens is little to store.
+    """
+    refs = [out] if bias is None else [out, bias]
+
+    @plgpu.inline_mgpu(arg_types=(_ACCUMULATOR, _ROWS, _SCALAR, _SCALAR, *[plgpu.RefType()] * len(refs)))
+    def emit(ctx: Any, total: Any, columns: Any, first_row: Any, first_token: Any, out: Any, *bias: Any) -> None:
+        i64, f32 = ir.IntegerType.get_signless(64), ir.F32Type.get()
+        num_tokens, out_features = ir.MemRefType(out.type).shape
+        element = ir.MemRefType(out.type).element_type
+        bits = ir.IntegerType.get_signless(32 if element == f32 else 16)
+        values = _elements(total)
+        first_token = arith.addi(first_token.registers.item(), lane_position()[1])
+        start = llvm.addrspacecast(llvm.PointerType.get(address_space=1), utils.memref_ptr(out))
+        for half in range(2):
+            has_row = arith.cmpi(arith.CmpIPredicate.slt, _row(first_row, half), _i32(rows))
+            column = _element(columns.registers.flat[half])
+            added = [llvm.load(f32, utils.getelementptr(utils.memref_ptr(ref), [column], f32)) for ref in bias]
+            column_start = utils.getelementptr(start, [arith.extsi(i64, column)], element)
+            for block, lane in itertools.product(range(len(values) // 4), range(2)):
+                token = arith.addi(first_token, _i32(8 * block + lane))
+                exists = arith.andi(has_row, arith.cmpi(arith.CmpIPredicate.slt, token, _i32(num_tokens)))
+                offset = arith.muli(arith.extsi(i64, token), arith.constant(i64, out_features))
+                value = values[4 * block + 2 * half + lane]
+                for term in added:
+                    value = arith.addf(value, term)
+                value = llvm.bitcast(bits, value if element == f32 else arith.truncf(element, value))
+                _asm(
+                    f"@$2 st.global.b{bits.width} [$0], $1;",
+                    f"l,{'r' if element == f32 else 'h'},b",
+                    [utils.getelementptr(column_start, [offset], element), value, exists],
+                )
+
+    emit(total, columns, first_row, first_token, *refs)
+
+
+def _i32(value: int) -> ir.Value:
+    return arith.constant(ir.IntegerType.get_signless(32), value)
+
+
+def _element(register: ir.Value) -> ir.Value:
+    """The only element of a one-element vector."""
+    return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([0]))
+
+
+def _elements(total: fa.FragmentedArray) -> list[ir.Value]:
+    """The thread's float32 values."""
+    return [_element(register) for register in total.registers.flat]
+
+
+def _fours(values: list[ir.Value]) -> list[list[ir.Value]]:
+    return [values[start : start + 4] for start in range(0, len(values), 4)]
+
+
+def _asm(asm: str, constraints: str, operands: list[ir.Value], result: ir.Type | None = None) -> Any:
+    """Inline PTX that touches memory."""
+    result = ir.Type.parse("!llvm.void") if result is None else result
+    constraints = ",".join([*([constraints] if constraints else []), "~{memory}"])
+    return llvm.inline_asm(result, operands, asm, constraints, has_side_effects=True)
+
+
+def _row(first_row: fa.FragmentedArray, half: int) -> ir.Value:
+    """Row, among those of the bit width, of one of the thread's two channels."""
+    return arith.addi(first_row.registers.item(), arith.addi(lane_position()[0], _i32(8 * half)))
+
+
+def _addresses(sums: ir.Value, first: fa.FragmentedArray, total: fa.FragmentedArray) -> list[ir.Value]:
+    """Where in shared memory the thread puts its values, four at a time, the threads' fours side by side."""
+    thread = arith.andi(utils.thread_idx(), _i32(utils.WARPGROUP_SIZE - 1))
+    place = arith.addi(first.registers.item(), arith.muli(thread, _i32(4)))
+    pointer = utils.getelementptr(utils.memref_ptr(sums), [place], ir.F32Type.get())
+    address = llvm.ptrtoint(ir.IntegerType.get_signless(32), pointer)
+    blocks = total.registers.size // 4
+    return [arith.addi(address, _i32(16 * utils.WARPGROUP_SIZE * block)) for block in range(blocks)]
