@@ -101,10 +101,6 @@ def _store(pointer: ir.Value, offset: int, values: list[ir.Value], predicate: ir
     )
 
 
-def _true() -> ir.Value:
-    return arith.constant(ir.IntegerType.get_signless(1), 1)
-
-
 def _part(word: ir.Value, part: int) -> ir.Value:
     """The low or high 16 bits of a word."""
     shifted = arith.shrui(word, _i32(16)) if part else word
@@ -216,12 +212,14 @@ def store_tile(total: fa.FragmentedArray, to: Destination, shared: ir.Value) -> 
             place = utils.getelementptr(write_base, [row * staging.pitch + 8 * half], i32)
             llvm.store(words[block, half, pair], place)
         utils.warpgroup_barrier()
-        if whole is not None:
-            with utils.when(whole):
-                _store_vectors(base, staging, rows, 8 * first_block, to, first_column, warp, lane)
-        scattered = _true() if whole is None else arith.xori(whole, _true())
-        with utils.when(scattered):
-            _store_elements(base, staging, rows, 8 * first_block, to, columns, warp, lane)
+        staged = _Slice(base, staging, rows, 8 * first_block, warp, lane)
+        if whole is None:
+            staged.store_elements(to, columns)
+            continue
+        with utils.when(whole):
+            staged.store_vectors(to, first_column)
+        with utils.when(arith.xori(whole, arith.constant(whole.type, 1))):
+            staged.store_elements(to, columns)
 
 
 def _words(total: fa.FragmentedArray, to: Destination, columns: list[ir.Value]) -> dict[tuple[int, int, int], ir.Value]:
@@ -266,65 +264,68 @@ def _whole(
     return nvvm.vote_sync(_i32(-1), whole, "all")
 
 
-def _store_vectors(
-    base: ir.Value,
-    staging: Staging,
-    rows: int,
-    first_token: int,
-    to: Destination,
-    first_column: ir.Value,
-    warp: ir.Value,
-    lane: ir.Value,
-) -> None:
-    """Store a slice of 64 neighbouring columns, 16 bytes a lane."""
-    i32 = lane.type
-    elements = 16 // to.itemsize  # channels of a lane
-    lanes_per_row = CHANNELS_PER_WARPGROUP // elements
-    rows_per_warp = 32 // lanes_per_row
-    per_word = staging.tokens_per_word
-    row = arith.addi(arith.muli(warp, _i32(rows_per_warp)), arith.divui(lane, _i32(lanes_per_row)))
-    channel = arith.muli(arith.remui(lane, _i32(lanes_per_row)), _i32(elements))
-    token = arith.addi(arith.muli(row, _i32(per_word)), _i32(first_token))
-    pointer = to.pointer(token, arith.addi(first_column, channel))
-    read_base = _at(base, arith.addi(arith.muli(row, _i32(staging.pitch)), channel), i32)
-    step = rows_per_warp * WARPS
-    for first in range(0, rows, step):
-        exists = _less(row, rows - first)
-        words: list[ir.Value] = []
-        for index in range(0, elements, 4):
-            place = utils.getelementptr(read_base, [first * staging.pitch + index], i32)
-            four = llvm.load(ir.VectorType.get((4,), i32), place, alignment=16)
-            words += [_element(four, position) for position in range(4)]
-        for part in range(per_word):
-            offset = first * per_word + part
-            here = arith.andi(exists, to.has_token(arith.addi(token, _i32(offset))))
-            values = (
-                words if per_word == 1 else [_halves(*pair, part) for pair in zip(words[::2], words[1::2], strict=True)]
-            )
-            _store(pointer, offset * to.shape[1] * to.itemsize, values, here)
+@dataclasses.dataclass(frozen=True)
+class _Slice:
+    """Tokens of a finished tile that lie in shared memory, as one of the threads that store them sees them.
 
+    Attributes:
+        base: Pointer to the warpgroup's shared memory.
+        staging: How they lie there.
+        rows: Rows that are filled.
+        first_token: Token of the first row, counted from the tile's first.
+        warp: Of the thread, in its warpgroup.
+        lane: Of the thread.
+    """
 
-def _store_elements(
-    base: ir.Value,
-    staging: Staging,
-    rows: int,
-    first_token: int,
-    to: Destination,
-    columns: list[tuple[ir.Value, ir.Value]],
-    warp: ir.Value,
-    lane: ir.Value,
-) -> None:
-    """Store a slice, each lane two channels of every fourth row."""
-    i32 = lane.type
-    per_word = staging.tokens_per_word
-    token = arith.addi(arith.muli(warp, _i32(per_word)), _i32(first_token))
-    pointers = [to.pointer(token, column) for column, _ in columns]
-    read_base = _at(base, arith.addi(arith.muli(warp, _i32(staging.pitch)), lane), i32)
-    for row, half in itertools.product(range(0, rows, WARPS), range(2)):
-        place = utils.getelementptr(read_base, [row * staging.pitch + 32 * half], i32)
-        word = llvm.load(i32, place)
-        for part in range(per_word):
-            offset = row * per_word + part
-            here = arith.andi(columns[half][1], to.has_token(arith.addi(token, _i32(offset))))
-            value = _part(word, part) if per_word == 2 else word
-            _store(pointers[half], offset * to.shape[1] * to.itemsize, [value], here)
+    base: ir.Value
+    staging: Staging
+    rows: int
+    first_token: int
+    warp: ir.Value
+    lane: ir.Value
+
+    def token(self, row: ir.Value) -> ir.Value:
+        """Token at the start of a row."""
+        return arith.addi(arith.muli(row, _i32(self.staging.tokens_per_word)), _i32(self.first_token))
+
+    def place(self, row: ir.Value, word: ir.Value) -> ir.Value:
+        """Pointer to a word of a row."""
+        return _at(self.base, arith.addi(arith.muli(row, _i32(self.staging.pitch)), word), word.type)
+
+    def store_vectors(self, to: Destination, first_column: ir.Value) -> None:
+        """Store 64 neighbouring columns, 16 bytes a lane."""
+        i32 = self.lane.type
+        elements = 16 // to.itemsize  # channels of a lane
+        lanes_per_row = CHANNELS_PER_WARPGROUP // elements
+        rows_per_warp = 32 // lanes_per_row
+        row = arith.addi(arith.muli(self.warp, _i32(rows_per_warp)), arith.divui(self.lane, _i32(lanes_per_row)))
+        channel = arith.muli(arith.remui(self.lane, _i32(lanes_per_row)), _i32(elements))
+        pointer = to.pointer(self.token(row), arith.addi(first_column, channel))
+        first_word = self.place(row, channel)
+        for first in range(0, self.rows, rows_per_warp * WARPS):
+            exists = _less(row, self.rows - first)
+            words: list[ir.Value] = []
+            for index in range(0, elements, 4):
+                place = utils.getelementptr(first_word, [first * self.staging.pitch + index], i32)
+                four = llvm.load(ir.VectorType.get((4,), i32), place, alignment=16)
+                words += [_element(four, position) for position in range(4)]
+            for part in range(self.staging.tokens_per_word):
+                values = words
+                if to.itemsize == 2:
+                    values = [_halves(*pair, part) for pair in zip(words[::2], words[1::2], strict=True)]
+                token = first * self.staging.tokens_per_word + part
+                here = arith.andi(exists, to.has_token(arith.addi(self.token(row), _i32(token))))
+                _store(pointer, token * to.shape[1] * to.itemsize, values, here)
+
+    def store_elements(self, to: Destination, columns: list[tuple[ir.Value, ir.Value]]) -> None:
+        """Store columns wherever they are, each lane two of them for every fourth row."""
+        i32 = self.lane.type
+        pointers = [to.pointer(self.token(self.warp), column) for column, _ in columns]
+        first_word = self.place(self.warp, self.lane)
+        for row, half in itertools.product(range(0, self.rows, WARPS), range(2)):
+            word = llvm.load(i32, utils.getelementptr(first_word, [row * self.staging.pitch + 32 * half], i32))
+            for part in range(self.staging.tokens_per_word):
+                token = row * self.staging.tokens_per_word + part
+                here = arith.andi(columns[half][1], to.has_token(arith.addi(self.token(self.warp), _i32(token))))
+                value = _part(word, part) if to.itemsize == 2 else word
+                _store(pointers[half], token * to.shape[1] * to.itemsize, [value], here)
