@@ -77,3 +77,16 @@ def test_configurations(config: MosaicGpuSplitConfig, sizes: tuple[int, int, int
     assert relative_error(first, case.expected) < 1e-6
     for _ in range(5):
         assert (run(*arguments) == first).all()
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11 or later, and says so")
+@pytest.mark.parametrize("warpgroups", [1, 2, 3, 4])
+def test_a_block_asks_for_no_more_registers_than_it_was_launched_with(warpgroups: int):
+    """Otherwise it waits for them forever."""
+    from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_split as split
+
+    threads = 128 * (warpgroups + 1)
+    launched = threads * min(248, 65536 // threads // 8 * 8)  # as the PTX assembler allots them
+    asked = 128 * (split.LOADER_REGISTERS + warpgroups * split.registers_of_a_computing_thread(warpgroups))
+    assert asked <= launched
+    assert split.registers_of_a_computing_thread(warpgroups) >= 112

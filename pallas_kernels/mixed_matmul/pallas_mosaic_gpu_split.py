@@ -35,7 +35,7 @@ Ref = Any
 """A Pallas reference."""
 
 LOADER_REGISTERS = 24
-"""Registers of a loading thread; computing ones share the rest of the 512 that a multiprocessor has for each of 128."""
+"""Of a loading thread."""
 
 
 def launch(
@@ -76,6 +76,16 @@ def launch(
         ),
     )
     return run(*operands.values())
+
+
+def registers_of_a_computing_thread(warpgroups: int) -> int:
+    """What the loading warpgroup leaves of the registers that the block has from its launch on.
+
+    Asking for more would wait forever: they come from the block's own, which are the same number for each thread, a
+    multiple of 8, and not all of the multiprocessor's.
+    """
+    at_launch = min(248, 65536 // (128 * (warpgroups + 1)) // 8 * 8)
+    return min(240, ((warpgroups + 1) * at_launch - LOADER_REGISTERS) // warpgroups // 8 * 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +178,7 @@ class _Kernel:
         warpgroup, cluster = lax.axis_index("warpgroup"), lax.axis_index("cluster")
         split, clusters = lax.axis_index("split"), lax.axis_size("cluster")
         c = self.config
-        compute_registers = min(240, (512 - LOADER_REGISTERS) // c.warpgroups // 8 * 8)
+        compute_registers = registers_of_a_computing_thread(c.warpgroups)
 
         @pl.when(warpgroup == c.warpgroups)
         def _loader() -> None:
