@@ -108,8 +108,8 @@ def test_the_quantizer_gives_on_a_gpu_what_it_gives_on_a_cpu(tmp_path):
     folder = float_folder(tmp_path / "float")
     quantize(str(folder), str(tmp_path / "gpu"))
     command = f"import test_engine_gpu; test_engine_gpu.quantize({str(folder)!r}, {str(tmp_path / 'cpu')!r})"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    subprocess.run([sys.executable, "-c", command], check=True, cwd=Path(__file__).parent, env=environment)
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", command], check=True, env=environment)
     exact, gpu, cpu = (CheckpointReader(tmp_path / name) for name in ("float", "gpu", "cpu"))
     agreeing, errors = [], []
     for layer in range(CONFIG.num_layers):

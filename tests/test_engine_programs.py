@@ -31,8 +31,7 @@ def decode_program(kv_bits: int, dtype: jnp.dtype) -> tuple[jax.stages.Compiled,
     """The compiled loop, and the bytes of its cache."""
     model = jax.eval_shape(lambda: random_decoder(CONFIG, WeightFormat.from_name("W4.4A8"), dtype=dtype))
     bench = Bench(model, Plan("", "W4.4A8", (), (), (), kv_bits=kv_bits), {})
-    bench.compile_decode(2, 2048)
-    return bench.programs[2, 2048], weight_bytes(bench.abstract_state(2, 2048).cache)
+    return bench.lower_decode(2, 2048).compile(), weight_bytes(bench.abstract_state(2, 2048).cache)
 
 
 @pytest.mark.parametrize("kv_bits", [16, 8])

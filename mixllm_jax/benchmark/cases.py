@@ -25,7 +25,7 @@ class Plan:
         lm_head_bits: 16 or 8.
         embedding_bits: 16 or 8.
         decode_steps: Timed decode steps.
-        profile: Whether to profile a decode step of every batch at the first context, and the prefill of one prompt.
+        profile: Whether to profile a decode step of the first and the last batch at the first context, and one prefill.
     """
 
     model: str

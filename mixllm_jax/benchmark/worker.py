@@ -12,7 +12,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -79,18 +79,15 @@ class Bench:
         active: Any = jax.ShapeDtypeStruct((batch,), jnp.bool_)
         return DecodeState(cache, ints, ints, active)
 
-    def compile_decode(self, batch: int, context: int) -> None:
-        """Makes the program of a decode case."""
+    def lower_decode(self, batch: int, context: int) -> jax.stages.Lowered:
+        """The program of a decode case."""
         state = self.abstract_state(batch, context)
         keys = jax.eval_shape(lambda: self.row_keys(batch))
-        lowered = decode.lower(self.engine.flat_model, state, self.sampler, self.stop, keys, DECODE_CHUNK)
-        self.programs[batch, context] = lowered.compile()
+        return decode.lower(self.engine.flat_model, state, self.sampler, self.stop, keys, DECODE_CHUNK)
 
-    def compile_prefill(self, prompt: int, context: int) -> None:
-        """Puts the programs of a prompt into the compile cache."""
-        cache = self.abstract_state(1, context).cache
-        for lowered in self.engine.lower_prefill(cache, prompt):
-            lowered.compile()
+    def lower_prefill(self, prompt: int, context: int) -> Iterator[jax.stages.Lowered]:
+        """The programs of a prompt."""
+        return self.engine.lower_prefill(self.abstract_state(1, context).cache, prompt)
 
     def filled_state(self, batch: int, context: int, length: int) -> DecodeState:
         """A decode state whose cache holds `length` random positions of each row."""
@@ -105,7 +102,7 @@ class Bench:
         batch = state.token.shape[0]
         keys = self.row_keys(batch)
         if (batch, state.cache.max_length) not in self.programs:
-            self.compile_decode(batch, state.cache.max_length)
+            self.programs[batch, state.cache.max_length] = self.lower_decode(batch, state.cache.max_length).compile()
         program = self.programs[batch, state.cache.max_length]
         for _ in range(chunks):
             state, tokens = program(self.engine.flat_model, state, self.sampler, self.stop, keys)
@@ -206,18 +203,28 @@ def _peak_memory() -> float | None:
 
 
 def compile_all(plan: Plan, cases: list[tuple[int, int]]) -> dict[tuple[int, int], jax.stages.Compiled]:
-    """Compiles every program on all cores and returns those for decoding; failures show again when the case runs."""
+    """Compiles every program on all cores and returns those for decoding; failures show again when the case runs.
+
+    Lowering is Python: in threads of their own, the programs would only hold each other up, and all be ready last.
+    """
     bench = Bench(jax.eval_shape(lambda: build_model(plan)), plan, {})
-    jobs: list[Callable[[], None]] = [lambda case=case: bench.compile_decode(*case) for case in cases]  # type: ignore[misc]
     prefills = {(prompt, bench.context_of(prompt)) for prompt in plan.prompts}
     before = {(bench.prompt_before(context), context) for batch, context in cases if batch == 1}
     prefills |= {(prompt, context) for prompt, context in before if prompt}
-    jobs += [lambda case=case: bench.compile_prefill(*case) for case in prefills]  # type: ignore[misc]
-    with concurrent.futures.ThreadPoolExecutor(max_workers=16) as pool:
-        for future in [pool.submit(job) for job in jobs]:
-            if (error := future.exception()) is not None:
-                note(f"  compiling failed: {type(error).__name__}: {str(error)[:300]}")
-    return bench.programs
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for case in sorted(prefills, reverse=True):
+            for lowered in bench.lower_prefill(*case):
+                pool.submit(_compile, lowered)
+        decodes = {case: pool.submit(_compile, bench.lower_decode(*case)) for case in cases}
+    return {case: program for case, future in decodes.items() if (program := future.result()) is not None}
+
+
+def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled | None:
+    try:
+        return lowered.compile()
+    except Exception as error:
+        note(f"  compiling failed: {type(error).__name__}: {str(error)[:300]}")
+        return None
 
 
 def main() -> None:
@@ -258,7 +265,7 @@ def main() -> None:
         guarded(f"batch {batch}, context {context}", lambda: decode_case(batch, context))  # noqa: B023 (called at once)
     for prompt in sorted(plan.prompts):
         guarded(f"prompt {prompt}", lambda: first_token_case(prompt))  # noqa: B023 (called at once)
-    for batch in plan.batches if plan.profile else ():
+    for batch in sorted({plan.batches[0], plan.batches[-1]}) if plan.profile else ():
         context = plan.contexts[0]
         step = functools.partial(bench.profile_decode, batch, context)
         guarded("profile", functools.partial(profile_case, batch, context, "decode", step))

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-bits", type=int, choices=(8, 16), default=16, help="bits of the key/value cache")
     parser.add_argument("--lm-head-bits", type=int, choices=(8, 16), default=16, help="bits of the output head")
     parser.add_argument("--embedding-bits", type=int, choices=(8, 16), default=16, help="bits of the embedding")
-    parser.add_argument("--profile", action="store_true", help="also profile a decode step of the first case")
+    parser.add_argument("--profile", action="store_true", help="also profile decode steps and a prefill")
     parser.add_argument(
         "--compare-transformers",
         action="store_true",
