@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,9 @@ class Comparison:
 def greedy_tokens(loaded: LoadedModel, length: int) -> list[list[int]]:
     """`length` greedy tokens for each of `PROMPTS`, without stopping."""
     prompts = [loaded.encode(prompt) for prompt in PROMPTS]
-    return [result.tokens for result in loaded.engine.generate(prompts, max_tokens=length)]
+    results = loaded.engine.generate(prompts, max_tokens=length)
+    print(f"generated {len(prompts)} texts", file=sys.stderr)
+    return [result.tokens for result in results]
 
 
 def write(loaded: LoadedModel, length: int) -> list[Text]:
