@@ -73,10 +73,12 @@ def estimate_memory(
     itemsize = np.dtype(compute_dtype).itemsize
     cache = batch * context * config.num_layers * bytes_per_position(config.num_kv_heads, config.head_dim, cache_dtype)
     tokens = max(batch, min(prefill_tokens, batch * context))
+    # Chunks after the first run with a mask over the whole context, a byte and a bias in the compute dtype an entry.
+    mask = tokens * context * (1 + itemsize) if batch * context > prefill_tokens else 0
     # At its widest, a block holds the residual stream twice, the gate and up projections, and their product.
     width = 2 * config.hidden_size + config.query_size + 2 * config.kv_size + 3 * config.intermediate_size
     logits = 3 * batch * config.vocab_size * 4  # of this step, of the step before, and what sampling makes of them
-    return MemoryEstimate(weight_bytes, cache, tokens * width * itemsize + logits)
+    return MemoryEstimate(weight_bytes, cache, tokens * width * itemsize + mask + logits)
 
 
 def weight_bytes(model: Any) -> int:
