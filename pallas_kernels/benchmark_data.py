@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.device_time import REPEATED_BYTES
+from pallas_kernels.mixed_matmul.api import prepare_weight
 from pallas_kernels.packing import PackedWeight
 
 _POOL_SIZE = 1 << 25
@@ -26,7 +27,7 @@ def _float_pool() -> np.ndarray:
 
 
 def packed_weight(n: int, k: int, group_size: int, share_8bit: float, seed: int) -> PackedWeight:
-    """A random weight, its 8-bit channels spread at random."""
+    """A random weight, its 8-bit channels spread at random, prepared for the device."""
     generator = np.random.default_rng(seed)
     n8 = round(n * share_8bit)
     n4, groups = n - n8, k // group_size
@@ -42,7 +43,7 @@ def packed_weight(n: int, k: int, group_size: int, share_8bit: float, seed: int)
         channel_order=order,
         group_size=group_size,
     )
-    return jax.device_put(weight)
+    return jax.device_put(prepare_weight(weight))
 
 
 def bfloat16_array(shape: tuple[int, ...], seed: int) -> jax.Array:

@@ -20,6 +20,9 @@ import numpy as np
 GROUP_SIZES = (32, 64, 128)
 """Group sizes that every implementation takes; the XLA reference takes any even size up to 512."""
 
+MAX_SUMMED_GROUP_SIZE = 257
+"""Codes of 8 bits, 0..255, whose sum fits 16 bits for certain."""
+
 Array = Any
 """A JAX array, a tracer, or a NumPy array."""
 
@@ -38,6 +41,9 @@ class PackedWeight:
         scales8: float16 `[num_groups, n8]`.
         channel_order: int32 `[n4 + n8]`; packed row i, 4-bit rows first, is output channel `channel_order[i]`.
         group_size: Input channels that share a scale.
+        code_sums4: None, or uint16 `[num_groups, n4]` from `with_code_sums`, for the kernels that need it; what is
+            derived from the codes is not part of the format, so checkpoints do not hold it.
+        code_sums8: None, or uint16 `[num_groups, n8]`, likewise; there are either both or neither.
     """
 
     codes4: Array
@@ -47,6 +53,8 @@ class PackedWeight:
     scales8: Array
     channel_order: Array
     group_size: int = dataclasses.field(metadata={"static": True})
+    code_sums4: Array | None = None
+    code_sums8: Array | None = None
 
     @property
     def num_groups(self) -> int:
@@ -80,7 +88,7 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays, scales, zero points and the channel order included."""
+        """Bytes of all arrays: scales, zero points, the channel order, and the sums of codes where there are some."""
         return sum(int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree_util.tree_leaves(self))
 
 
@@ -181,6 +189,34 @@ def unpack_nibbles(codes4: Array) -> Array:
     return xp.concatenate([codes4 & np.uint8(15), codes4 >> np.uint8(4)], axis=-1)
 
 
+def with_code_sums(packed: PackedWeight) -> PackedWeight:
+    """The weight with `code_sums4` and `code_sums8`, which it takes to multiply by its codes as unsigned bytes.
+
+    With the bytes q' = code, z' = zero point of a 4-bit channel, q' = code + 128, z' = 128 of an 8-bit one, and those
+    of the activations a' = a + 128, the dot of one group is
+
+        sum (q' - z') a  =  sum q' a'  -  128 SQ  -  z' S,        SQ = sum q',  S = sum a
+
+    SQ, of each group and channel, is what is added here: at most 128 * 15 and 128 * 255 in groups of 128.
+
+    Raises:
+        ValueError: Groups so large that a sum may exceed 16 bits.
+    """
+    if packed.group_size > MAX_SUMMED_GROUP_SIZE:
+        raise ValueError(f"code sums fit 16 bits in groups of up to {MAX_SUMMED_GROUP_SIZE}, not {packed.group_size}")
+    # In NumPy for NumPy: the numbers of channels differ from layer to layer, and compiling takes longer than adding.
+    code_sums = _code_sums if isinstance(packed.codes4, np.ndarray) else jax.jit(_code_sums)
+    sums4, sums8 = code_sums(packed.codes4, packed.codes8)
+    return dataclasses.replace(packed, code_sums4=sums4, code_sums8=sums8)
+
+
+def _code_sums(codes4: Array, codes8: Array) -> tuple[Array, Array]:
+    xp = _namespace(codes4)
+    pairs = (codes4 & np.uint8(15)) + (codes4 >> np.uint8(4))
+    sums8 = xp.sum(codes8, axis=-1, dtype=np.int32) + np.int32(128 * codes8.shape[-1])
+    return xp.sum(pairs, axis=-1, dtype=np.uint16), sums8.astype(np.uint16)
+
+
 def dequantize(packed: PackedWeight) -> Array:
     """The weight in float32, `[out_features, in_features]`, rows in output-channel order."""
     xp = _namespace(packed.codes4)
@@ -194,6 +230,8 @@ def dequantize(packed: PackedWeight) -> Array:
 
 def concatenate(weights: Sequence[PackedWeight]) -> PackedWeight:
     """Fuse layers that share their input: the output channels of the first layer, then of the second, and so on.
+
+    The result has sums of codes where all weights have them.
 
     Raises:
         ValueError: No weights, or weights that differ in `in_features` or `group_size`.
@@ -213,6 +251,8 @@ def concatenate(weights: Sequence[PackedWeight]) -> PackedWeight:
     orders4 = [order[: weight.n4] for order, weight in zip(orders, weights, strict=True)]
     orders8 = [order[weight.n4 :] for order, weight in zip(orders, weights, strict=True)]
 
+    summed = all(weight.code_sums4 is not None for weight in weights)
+
     def along_channels(name: str) -> Array:
         return xp.concatenate([getattr(weight, name) for weight in weights], axis=1)
 
@@ -224,6 +264,8 @@ def concatenate(weights: Sequence[PackedWeight]) -> PackedWeight:
         scales8=along_channels("scales8"),
         channel_order=xp.concatenate(orders4 + orders8),
         group_size=first.group_size,
+        code_sums4=along_channels("code_sums4") if summed else None,
+        code_sums8=along_channels("code_sums8") if summed else None,
     )
 
 
@@ -247,8 +289,12 @@ def validate(packed: PackedWeight, *, values: bool = False) -> None:
         "scales8": ((groups, n8), np.float16),
         "channel_order": ((n4 + n8,), np.int32),
     }
+    if packed.code_sums4 is not None or packed.code_sums8 is not None:
+        expected |= {"code_sums4": ((groups, n4), np.uint16), "code_sums8": ((groups, n8), np.uint16)}
     for name, (shape, dtype) in expected.items():
         array = getattr(packed, name)
+        if array is None:
+            raise ValueError(f"PackedWeight.{name} is missing: with_code_sums adds the sums of both bit widths")
         if tuple(array.shape) != shape or array.dtype != dtype:
             raise ValueError(
                 f"PackedWeight.{name} must be {np.dtype(dtype).name} {list(shape)}, "

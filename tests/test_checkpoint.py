@@ -15,7 +15,7 @@ import pytest
 from mixllm_jax.checkpoint import METADATA_FILE, CheckpointReader, CheckpointWriter
 from mixllm_jax.errors import CheckpointError, OptionError, OutputExistsError, StorageError
 from mixllm_jax.models.config import ModelConfig
-from pallas_kernels.packing import PackedWeight
+from pallas_kernels.packing import PackedWeight, with_code_sums
 
 CONFIG = ModelConfig(
     architecture="llama",
@@ -93,6 +93,16 @@ def test_every_array_comes_back_as_it_was(tmp_path):
         assert found.keys() == expected.keys()
         for key in expected:
             assert_same(found[key], expected[key])
+
+
+def test_sums_of_codes_are_not_written(tmp_path):
+    weight = packed_weight(np.random.default_rng(0))
+    with CheckpointWriter(tmp_path / "model", METADATA) as writer:
+        for name, part in example_parts().items():
+            writer.write_part(name, part | {"weight": with_code_sums(weight)} if name == "final" else part)
+        writer.finish()
+    assert_same(found := CheckpointReader(tmp_path / "model").read_part("final")["weight"], weight)
+    assert found.code_sums4 is found.code_sums8 is None
 
 
 def test_equal_models_are_equal_files(tmp_path):

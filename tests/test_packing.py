@@ -90,11 +90,50 @@ def test_concatenate_refuses_different_inputs():
 def test_nbytes_counts_everything():
     weight = make_case(1, 10, 128, 64, 0.2).weight
     assert weight.nbytes == 8 * 128 // 2 + 8 * 2 * 3 + 2 * 128 + 2 * 2 * 2 + 10 * 4
+    assert packing.with_code_sums(weight).nbytes == weight.nbytes + 10 * 2 * 2
+
+
+@pytest.mark.parametrize("extreme", [None, 0, 255])
+def test_code_sums_are_those_of_the_unsigned_codes(extreme: int | None):
+    weight = make_case(1, 9, 256, 128, 0.4).weight
+    if extreme is not None:  # all nibbles 0 or 15, all bytes -128 or 127
+        codes4 = np.full_like(weight.codes4, extreme)
+        weight = dataclasses.replace(weight, codes4=codes4, codes8=np.full_like(weight.codes8, extreme - 128))
+    unpacked = packing.unpack(weight)
+    expected4 = unpacked.codes4.reshape(-1, 2, 128).sum(axis=-1, dtype=np.int64).T
+    expected8 = (unpacked.codes8.reshape(-1, 2, 128).astype(np.int64) + 128).sum(axis=-1).T
+    for given in (weight, jax.tree.map(jnp.asarray, weight)):
+        summed = packing.with_code_sums(given)
+        packing.validate(summed)
+        np.testing.assert_array_equal(summed.code_sums4, expected4)
+        np.testing.assert_array_equal(summed.code_sums8, expected8)
+        assert type(summed.code_sums4) is type(summed.code_sums8) is type(given.codes4)
+        assert summed.codes4 is given.codes4
+
+
+def test_code_sums_are_traced():
+    weight = make_case(1, 4, 128, 128, 0.5).weight
+    summed = jax.jit(packing.with_code_sums)(weight)
+    np.testing.assert_array_equal(summed.code_sums8, packing.with_code_sums(weight).code_sums8)
+
+
+def test_concatenate_keeps_code_sums_that_all_have():
+    first, second = (make_case(1, n, 128, 64, 0.5, seed=n).weight for n in (4, 6))
+    fused = packing.concatenate([packing.with_code_sums(first), packing.with_code_sums(second)])
+    expected = packing.with_code_sums(packing.concatenate([first, second]))
+    jax.tree.map(np.testing.assert_array_equal, fused, expected)
+    assert packing.concatenate([packing.with_code_sums(first), second]).code_sums4 is None
+
+
+def test_code_sums_must_fit_16_bits():
+    with pytest.raises(ValueError, match="up to 257, not 512"):
+        packing.with_code_sums(make_case(1, 2, 512, 512, 0.5).weight)
 
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
+        ("code_sums4", np.zeros((2, 4), np.uint16), "code_sums8 is missing"),
         ("scales4", np.zeros((2, 3), np.float16), "scales4 must be float16"),
         ("scales4", np.zeros((2, 4), np.float32), "scales4 must be float16"),
         ("codes8", np.zeros((1, 4, 32), np.int8), "codes8 must be int8"),

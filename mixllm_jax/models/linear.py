@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels import QuantizedActivations, mixed_matmul, quantized_linear
+from pallas_kernels import QuantizedActivations, mixed_matmul, prepare_weight, quantized_linear
 from pallas_kernels.packing import PackedWeight, dequantize
 
 
@@ -36,7 +36,8 @@ class Linear(nnx.Module):
         if activation_bits not in (8, 16):
             raise ValueError(f"activation_bits must be 8 or 16, found {activation_bits}")
         if isinstance(weight, PackedWeight):
-            self.weight = nnx.Param(jax.tree.map(jnp.asarray, weight))
+            prepared = prepare_weight(weight, implementation) if activation_bits == 8 else weight
+            self.weight = nnx.Param(jax.tree.map(jnp.asarray, prepared))
         else:
             self.weight = nnx.Param(jnp.asarray(weight, dtype))
         self.bias = None if bias is None else nnx.Param(jnp.asarray(bias, dtype))

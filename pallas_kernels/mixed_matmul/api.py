@@ -1,4 +1,4 @@
-"""`mixed_matmul` and `quantized_linear`: check their arguments and pick an implementation."""
+"""`mixed_matmul` and `quantized_linear` check their arguments and pick an implementation; `prepare_weight` helps it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels import activations as activations_module
 from pallas_kernels import packing, registry
 from pallas_kernels.activations import QuantizedActivations
-from pallas_kernels.mixed_matmul import configs, pallas_mosaic_gpu, pallas_triton, xla
+from pallas_kernels.mixed_matmul import configs, pallas_mosaic_gpu, pallas_triton, unsigned_operands, xla
 from pallas_kernels.mixed_matmul.triton_tiles import problem_of
 from pallas_kernels.packing import PackedWeight
 from pallas_kernels.quantize_activations.api import quantize_activations
@@ -85,6 +85,24 @@ def quantized_linear(
     """
     activations = quantize_activations(x, weight.group_size, implementation=implementation)
     return mixed_matmul(activations, weight, bias, out_dtype=out_dtype, implementation=implementation)
+
+
+def prepare_weight(weight: PackedWeight, implementation: str = "auto") -> PackedWeight:
+    """The weight with what the kernels of the default device want to have computed beforehand.
+
+    To be called once where a weight is put on the device: on a Hopper GPU, a weight in groups of 128 gets the sums of
+    its codes (`packing.with_code_sums`, 3 % of its size), for the kernel that multiplies unsigned bytes. Elsewhere, and
+    where another implementation is asked for, it comes back as it is. `mixed_matmul` takes either.
+    """
+    if implementation not in ("auto", "mosaic_gpu") or weight.group_size != unsigned_operands.GROUP_SIZE:
+        return weight
+    activations = QuantizedActivations(
+        codes=jax.ShapeDtypeStruct((1, weight.in_features), jnp.int8),
+        scales=jax.ShapeDtypeStruct((weight.num_groups, 1), jnp.float32),
+        group_size=weight.group_size,
+    )
+    reason = OPERATION.implementations["mosaic_gpu"].refuses(activations, weight, None, out_dtype=jnp.bfloat16)
+    return packing.with_code_sums(weight) if reason is None else weight
 
 
 def _validate_output(weight: PackedWeight, bias: jax.Array | None, out_dtype: jax.typing.DTypeLike) -> None:
