@@ -88,8 +88,9 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays: scales, zero points, the channel order, and the sums of codes where there are some."""
-        return sum(int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree_util.tree_leaves(self))
+        """Bytes of the format: codes, scales, zero points and the channel order, but not the sums of codes."""
+        arrays = jax.tree_util.tree_leaves(dataclasses.replace(self, code_sums4=None, code_sums8=None))
+        return sum(int(np.prod(array.shape)) * np.dtype(array.dtype).itemsize for array in arrays)
 
 
 class UnpackedWeight(NamedTuple):

@@ -9,6 +9,7 @@ import pytest
 
 from mixllm_jax import device
 from mixllm_jax.benchmark.profile import Kernel, summarize
+from mixllm_jax.benchmark.roofline import bytes_per_step
 from mixllm_jax.device import UnsupportedDeviceError, require_kernels
 from mixllm_jax.errors import OptionError
 from mixllm_jax.evaluation.cached import ThroughInt8Cache
@@ -121,6 +122,19 @@ def test_the_memory_estimate_is_exact_for_weights_and_cache():
         assert estimate.cache == weight_bytes(cache.layers)
         assert estimate.weights == sum(array.nbytes for array in jax.tree.leaves(model))
         assert estimate.peak > estimate.weights + estimate.cache
+
+
+def test_sums_of_codes_count_as_memory_but_not_as_bytes_of_a_decode_step(monkeypatch):
+    weights = WeightFormat.from_name("W4.4A8", lm_head_bits=8)
+    plain = random_decoder(CONFIG, weights)
+    monkeypatch.setattr("mixllm_jax.models.linear.prepare_weight", lambda weight, _: packing.with_code_sums(weight))
+    summed = random_decoder(CONFIG, weights)
+    linears = [linear for block in summed.layers for linear in block.linears().values()] + [summed.final.lm_head]
+    sums = sum(2 * linear.weight.get_value().scales4.size for linear in linears)
+    sums += sum(2 * linear.weight.get_value().scales8.size for linear in linears)
+    assert weight_bytes(summed) == weight_bytes(plain) + sums
+    assert bytes_per_step(summed, 2, 10, jnp.bfloat16) == bytes_per_step(plain, 2, 10, jnp.bfloat16)
+    assert bytes_per_step(plain, 1, 0, jnp.bfloat16) == weight_bytes((plain.layers, plain.final))
 
 
 def test_a_batch_that_does_not_fit_is_refused_with_what_would(monkeypatch):

@@ -7,10 +7,10 @@ import time
 import jax
 import jax.numpy as jnp
 
-from mixllm_jax.generation.memory import weight_bytes
 from mixllm_jax.models.decoder import Decoder
 from mixllm_jax.models.random_weights import random_array
 from pallas_kernels.kv_cache import bytes_per_position
+from pallas_kernels.packing import PackedWeight
 
 
 def read_bandwidth(size: int = 2 << 30, repeats: int = 20) -> float:
@@ -32,11 +32,11 @@ def read_bandwidth(size: int = 2 << 30, repeats: int = 20) -> float:
 def bytes_per_step(model: Decoder, batch: int, context: float, cache_dtype: jax.typing.DTypeLike) -> int:
     """Bytes that a decode step of `batch` rows of `context` positions must read: weights, and keys and values.
 
-    Of the embedding, it reads one row a token; a tied one is read whole as the output head.
+    Of the embedding, it reads one row a token; a tied one is read whole as the output head. The sums of codes, which
+    serve products with many tokens, do not count.
     """
     config = model.config
-    weights = weight_bytes((model.layers, model.final))
-    if model.final.lm_head is None:
-        weights += weight_bytes(model.embedding)
+    read = (model.layers, model.final, model.embedding if model.final.lm_head is None else None)
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(read, is_leaf=lambda leaf: isinstance(leaf, PackedWeight)))
     position = bytes_per_position(config.num_kv_heads, config.head_dim, cache_dtype)
     return weights + int(batch * context * config.num_layers * position)
