@@ -75,19 +75,6 @@ def test_streamed_tokens_are_the_generated_tokens():
         assert found == expected
 
 
-def test_running_out_of_memory_says_what_would_fit(monkeypatch):
-    runner = Engine(random_decoder(CONFIG, WeightFormat.from_name("W4.4A8")))
-    limit = device_memory()
-    assert limit is not None
-    monkeypatch.setattr(engine, "require_memory", lambda *arguments: None)
-    rows = 2 * limit // runner.estimate_memory(1, 8192).cache
-    with pytest.raises(
-        OutOfDeviceMemoryError, match=r"ran out of memory; .* rows of 8192 positions would fit"
-    ) as caught:
-        runner.generate([[1]] * rows, max_tokens=8191)
-    print(caught.value)
-
-
 def float_folder(folder: Path) -> Path:
     config = dataclasses.replace(CONFIG, max_position_embeddings=128)
     with CheckpointWriter(folder, {"kind": "float", "config": config.to_dict()}) as writer:
@@ -125,3 +112,13 @@ def test_the_quantizer_gives_on_a_gpu_what_it_gives_on_a_cpu(tmp_path):
     assert same / either > 0.9, json.dumps(agreeing)
     gpu_error, cpu_error = np.sqrt(np.sum(np.square(errors), axis=0))
     assert gpu_error == pytest.approx(cpu_error, rel=0.02)
+
+
+def test_running_out_of_memory_says_what_would_fit(monkeypatch):
+    runner = Engine(random_decoder(CONFIG, WeightFormat.from_name("W4.4A8")))
+    limit = device_memory()
+    assert limit is not None
+    monkeypatch.setattr(engine, "require_memory", lambda *arguments: None)
+    rows = 2 * limit // runner.estimate_memory(1, 8192).cache
+    with pytest.raises(OutOfDeviceMemoryError, match=r"ran out of memory; .* rows of 8192 positions would fit"):
+        runner.generate([[1]] * rows, max_tokens=8191)
