@@ -211,6 +211,7 @@ class _Kernel:
             "full": plgpu.Barrier(num_arrivals=5 if self.n4 else 4, num_barriers=self.stages),
             "empty": plgpu.Barrier(num_arrivals=c.compute_warpgroups, num_barriers=self.stages),
             "staging": plgpu.SMEM((c.compute_warpgroups * self.staging.words,), jnp.int32),
+            "columns": plgpu.SMEM((c.compute_warpgroups * 256,), jnp.int32),  # two for each thread
         }
         # A slot of 4-bit codes takes the room of one of 8-bit codes where both share the memory: slots of tiles of
         # both kinds are in use at the same time, and only equal slots have equal barriers.
@@ -334,6 +335,8 @@ class _Kernel:
         c, is8 = self.config, tile.is8
         part_tokens = c.tile_tokens // c.parts
         emit = _Emitted(self.group_size, part_tokens, is8, even_tokens=self.tokens % 2 == 0)
+        first_row, rows = tile.first_row + first_channel, self.n8 if is8 else self.n4
+        emit.fetch_columns(inputs["order"], scratch["columns"], first_row, rows, self.n4 if is8 else 0)
 
         def wait_and_load(group: Index, slot: Index) -> Any:
             """Wait for a stage and read its codes, ready for the dot."""
@@ -386,12 +389,10 @@ class _Kernel:
 
         zeros = tuple(emit.zero_total() for _ in range(c.parts))
         totals = lax.fori_loop(0, self.num_blocks, add_block, zeros)
-        rows = self.n8 if is8 else self.n4
-        order_start = self.n4 if is8 else 0
-        refs = [scratch["staging"], inputs["order"], out, *([inputs["bias"]] if "bias" in inputs else [])]
+        refs = [scratch["staging"], scratch["columns"], out, *([inputs["bias"]] if "bias" in inputs else [])]
         for part, total in enumerate(totals):
             first_token = tile.first_token + part * part_tokens
-            emit.store(total, tile.first_row + first_channel, first_token, rows, order_start, refs)
+            emit.store(total, first_row, first_token, rows, refs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -481,23 +482,31 @@ class _Emitted:
 
         return emit(accumulator, codes, total, channel_scales, first_channel, token_scales, first_token)
 
-    def store(
-        self, total: Any, first_row: Index, first_token: Index, rows: int, order_start: int, refs: list[Ref]
-    ) -> None:
-        """Store a finished part; `refs` are the shared memory on its way, channel order, output, and bias if any."""
+    def fetch_columns(self, order: Ref, columns: Ref, first_row: Index, rows: int, order_start: int) -> None:
+        """Fetch where the tile's channels go, for the time when it is stored."""
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), _SCALAR))
+        def emit(ctx: Any, order: Any, columns: Any, first_row: Any) -> None:
+            first = first_row.registers.item()
+            store.fetch_columns(order, columns, first_row=first, rows=rows, order_start=order_start)
+
+        emit(order, columns, first_row)
+
+    def store(self, total: Any, first_row: Index, first_token: Index, rows: int, refs: list[Ref]) -> None:
+        """Store a finished part; `refs` are shared memory for it, that of its columns, the output, and bias if any."""
         ref_types = [plgpu.RefType()] * len(refs)
 
         @plgpu.inline_mgpu(arg_types=(_ACCUMULATOR, _SCALAR, _SCALAR, *ref_types))
         def emit(ctx: Any, total: Any, first_row: Any, first_token: Any, *refs: Any) -> None:
-            shared, order, out, *bias = refs
+            shared, columns, out, *bias = refs
             to = store.Destination(
-                order,
+                columns,
                 bias[0] if bias else None,
                 out,
                 first_row=first_row.registers.item(),
                 first_token=first_token.registers.item(),
                 rows=rows,
-                order_start=order_start,
+                tokens=self.tokens,
             )
             store.store_tile(total, to, shared)
 

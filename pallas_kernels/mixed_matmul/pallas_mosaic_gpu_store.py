@@ -113,27 +113,32 @@ def _halves(low: ir.Value, high: ir.Value, part: int) -> ir.Value:
     return utils.inline_ptx("prmt.b32 $0, $1, $2, $3;", low, high, selector, result_types=low.type)
 
 
+def _from_lane(value: ir.Value, lane: ir.Value) -> ir.Value:
+    """The value of another lane of the warp, counted modulo 32."""
+    return nvvm.shfl_sync(_i32(-1), value, lane, _i32(31), nvvm.ShflKind.idx)
+
+
 @dataclasses.dataclass(frozen=True)
 class Destination:
     """Where a finished tile goes.
 
     Attributes:
-        order: int32 `[out_features]`, the output channel of each packed row.
+        columns: int32 in shared memory, where `fetch_columns` puts what it fetches.
         bias: float32 `[out_features]`, or None.
         out: `[tokens, out_features]`.
         first_row: Row of the tile's first channel among those of its bit width.
         first_token: Token of the tile.
         rows: Rows of this bit width.
-        order_start: Where they start in `order`.
+        tokens: Tokens of the tile.
     """
 
-    order: ir.Value
+    columns: ir.Value
     bias: ir.Value | None
     out: ir.Value
     first_row: ir.Value
     first_token: ir.Value
     rows: int
-    order_start: int
+    tokens: int
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -151,19 +156,15 @@ class Destination:
         """Bytes of an element of the output."""
         return utils.bytewidth(self.dtype)
 
-    def column(self, channel: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Output channel of a channel of the tile (of the last one, beyond the last), and whether there is one."""
-        row = arith.addi(self.first_row, channel)
-        valid = _less(row, self.rows)
-        safe = arith.addi(arith.select(valid, row, _i32(self.rows - 1)), _i32(self.order_start))
-        return llvm.load(row.type, _at(utils.memref_ptr(self.order), safe, row.type)), valid
-
-    def bias_of(self, column: ir.Value) -> ir.Value | None:
-        """Bias of an output channel."""
-        if self.bias is None:
-            return None
-        f32 = ir.F32Type.get()
-        return llvm.load(f32, _at(utils.memref_ptr(self.bias), column, f32))
+    def columns_of_lane(self) -> list[tuple[ir.Value, ir.Value]]:
+        """Output channels of channels `lane` and `lane + 32` of the tile, each with whether there is one."""
+        i32 = ir.IntegerType.get_signless(32)
+        utils.inline_ptx("cp.async.wait_all;", has_side_effects=True)
+        thread = utils.thread_idx()
+        place = _at(utils.memref_ptr(self.columns), arith.muli(thread, _i32(2)), i32)
+        pair = llvm.load(ir.VectorType.get((2,), i32), place, alignment=8)
+        first = arith.addi(self.first_row, arith.andi(thread, _i32(31)))
+        return [(_element(pair, half), _less(arith.addi(first, _i32(32 * half)), self.rows)) for half in range(2)]
 
     def pointer(self, token: ir.Value, column: ir.Value) -> ir.Value:
         """To an element of the output, `token` counted from the tile's first."""
@@ -172,9 +173,45 @@ class Destination:
         out = llvm.addrspacecast(llvm.PointerType.get(address_space=1), utils.memref_ptr(self.out))
         return _at(out, arith.addi(row, arith.extsi(i64, column)), self.dtype)
 
+    def bias_of(self, column: ir.Value) -> ir.Value:
+        """Bias of an output channel."""
+        f32 = ir.F32Type.get()
+        return llvm.load(f32, _at(utils.memref_ptr(self.bias), column, f32))
+
     def has_token(self, token: ir.Value) -> ir.Value:
         """Whether a token, counted from the tile's first, exists."""
-        return _less(arith.addi(self.first_token, token), self.shape[0])
+        all_or_none = self.shape[0] % self.tokens == 0
+        return _less(self.first_token if all_or_none else arith.addi(self.first_token, token), self.shape[0])
+
+
+def fetch_columns(order: ir.Value, columns: ir.Value, *, first_row: ir.Value, rows: int, order_start: int) -> None:
+    """Start to fetch the output channels that a thread will want when it stores the tile.
+
+    The copies end while the tile is computed, and take no registers until then. A thread reads what it fetched itself,
+    so nothing has to be synchronised.
+
+    Args:
+        order: int32 `[out_features]`, the output channel of each packed row.
+        columns: int32 in shared memory, two for each computing thread.
+        first_row: Row of the tile's first channel among those of its bit width.
+        rows: Rows of this bit width.
+        order_start: Where they start in `order`.
+    """
+    i32 = ir.IntegerType.get_signless(32)
+    thread = utils.thread_idx()
+    source = llvm.addrspacecast(llvm.PointerType.get(address_space=1), utils.memref_ptr(order))
+    place = _at(utils.memref_ptr(columns), arith.muli(thread, _i32(2)), i32)
+    place = llvm.ptrtoint(i32, place)
+    for half in range(2):
+        row = arith.addi(first_row, arith.addi(arith.andi(thread, _i32(31)), _i32(32 * half)))
+        row = arith.addi(arith.minsi(row, _i32(rows - 1)), _i32(order_start))
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"),
+            [place, _at(source, row, i32)],
+            f"cp.async.ca.shared.global [$0+{4 * half}], [$1], 4;",
+            "r,l",
+            has_side_effects=True,
+        )
 
 
 def store_tile(total: fa.FragmentedArray, to: Destination, shared: ir.Value) -> None:
@@ -191,13 +228,16 @@ def store_tile(total: fa.FragmentedArray, to: Destination, shared: ir.Value) -> 
     warp = arith.andi(arith.shrui(thread, _i32(5)), _i32(WARPS - 1))
     i32 = lane.type
     base = _at(utils.memref_ptr(shared), arith.muli(arith.shrui(thread, _i32(7)), _i32(staging.words)), i32)
-    # All of these loads before the barriers, which hide their latency.
-    columns = [to.column(arith.addi(lane, _i32(32 * half))) for half in range(2)]
-    first_column, _ = to.column(_i32(0))
-    channel, token = lane_position()
-    fragment_columns = [] if to.bias is None else [to.column(arith.addi(channel, _i32(8 * h)))[0] for h in range(2)]
-    words = _words(total, to, fragment_columns)
+    columns = to.columns_of_lane()
+    first_column = _from_lane(columns[0][0], _i32(0))
     whole = _whole(columns, first_column, lane, to)
+    channel, token = lane_position()
+    bias: list[ir.Value | None] = [None, None]
+    if to.bias is not None:
+        # The fragment's channels, 8 apart, are both among the first or both among the last 32.
+        of_half = arith.select(_less(channel, 32), columns[0][0], columns[1][0])
+        bias = [to.bias_of(_from_lane(of_half, arith.addi(channel, _i32(8 * half)))) for half in range(2)]
+    words = _words(total, to, bias)
     first_row = arith.divui(token, _i32(staging.tokens_per_word))
     write_base = _at(base, arith.addi(arith.muli(first_row, _i32(staging.pitch)), channel), i32)
     blocks = staging.rows * staging.tokens_per_word // 8
@@ -222,25 +262,21 @@ def store_tile(total: fa.FragmentedArray, to: Destination, shared: ir.Value) -> 
             staged.store_elements(to, columns)
 
 
-def _words(total: fa.FragmentedArray, to: Destination, columns: list[ir.Value]) -> dict[tuple[int, int, int], ir.Value]:
-    """The tile with its bias, in the output's type, as words.
-
-    Args:
-        total: The tile, in float32.
-        to: Where it goes.
-        columns: Output channels of the thread's two rows of the fragment, for the bias.
+def _words(
+    total: fa.FragmentedArray, to: Destination, bias: list[ir.Value | None]
+) -> dict[tuple[int, int, int], ir.Value]:
+    """The tile with the bias of the thread's two channels, in the output's type, as words.
 
     Returns:
         By block of 8 tokens, half of 8 channels, and first of the thread's two tokens in the word.
     """
     f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
-    added = [to.bias_of(column) for column in columns] if to.bias is not None else [None, None]
     registers = [_element(register) for register in total.registers.flat]
     words: dict[tuple[int, int, int], ir.Value] = {}
     for block, half in itertools.product(range(len(registers) // 4), range(2)):
         values = registers[4 * block + 2 * half : 4 * block + 2 * half + 2]
-        if added[half] is not None:
-            values = [arith.addf(value, added[half]) for value in values]
+        if bias[half] is not None:
+            values = [arith.addf(value, bias[half]) for value in values]
         if to.itemsize == 4:
             words |= {(block, half, lane): arith.bitcast(i32, value) for lane, value in enumerate(values)}
             continue
