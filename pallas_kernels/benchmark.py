@@ -10,18 +10,21 @@ larger of the weight's bytes at the measured copy bandwidth and the operations a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
+import multiprocessing
 import os
 import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 # The baseline is cuBLAS; without Triton candidates for bf16 dots, compiling all of them takes a minute instead of ten.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_triton_gemm=false"
@@ -149,39 +152,39 @@ def executions_for(m: int) -> int:
     return 32 if m <= 64 else 12 if m <= 512 else 5
 
 
-def benchmark(
-    shapes: Sequence[tuple[int, int]],
+def benchmark_shape(
+    shape: tuple[int, int],
     tokens: Sequence[int],
     shares: Sequence[float],
     implementation: str,
-    log: Callable[[str], None],
-    store: Callable[[Sequence[Row], Ceilings], None],
-) -> tuple[list[Row], Ceilings]:
-    """Measure every case, leaving out those that fail; `store` gets all rows so far whenever a shape is done."""
-    ceilings = measure_ceilings()
-    log(
-        f"copy {ceilings.copy_bytes_per_second / 1e12:.2f} TB/s, "
-        f"int8 {ceilings.int8_operations_per_second / 1e12:.0f} TOP/s"
-    )
-    rows: list[Row] = []
-    for n, k in shapes:
-        started = time.perf_counter()
-        inputs = {m: bfloat16_array((m, k), m) for m in tokens}
-        floats = [bfloat16_array((n, k), seed) for seed in range(copies_for(2.0 * n * k))]
-        packed = {}
-        for share_8bit in shares:
-            first = packed_weight(n, k, GROUP_SIZE, share_8bit, 0)
-            packed[share_8bit] = [first] + [
-                packed_weight(n, k, GROUP_SIZE, share_8bit, seed) for seed in range(1, copies_for(first.nbytes))
-            ]
-        cases = list(itertools.product(shares, tokens))
-        jobs: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [(bf16_dot, (inputs[m], floats[0])) for m in tokens]
-        jobs += [
+    ceilings: Ceilings,
+    turn: AbstractContextManager[Any],
+) -> tuple[list[Row], list[str]]:
+    """Measure every case of a shape `(n, k)`, leaving out those that fail; the rows, and lines for the log.
+
+    Whatever runs on the device runs within `turn`: other processes may compile meanwhile, but not run.
+    """
+    (n, k), rows, log = shape, [], []
+    started = time.perf_counter()
+    inputs = {m: bfloat16_array((m, k), m) for m in tokens}
+    floats = [bfloat16_array((n, k), seed) for seed in range(copies_for(2.0 * n * k))]
+    packed = {}
+    for share_8bit in shares:
+        first = packed_weight(n, k, GROUP_SIZE, share_8bit, 0)
+        packed[share_8bit] = [first] + [
+            packed_weight(n, k, GROUP_SIZE, share_8bit, seed) for seed in range(1, copies_for(first.nbytes))
+        ]
+    cases = list(itertools.product(shares, tokens))
+    functions = compile_all(
+        [
             (lambda x, weight: linear(x, weight, implementation), (inputs[m], packed[share_8bit][0]))
             for share_8bit, m in cases
         ]
-        functions = compile_all(jobs)
-        compiled = time.perf_counter() - started
+    )
+    compiled = time.perf_counter() - started
+    with turn:
+        # The compiler times its candidates for the float dots on the device.
+        functions = compile_all([(bf16_dot, (inputs[m], floats[0])) for m in tokens]) + functions
         bf16_us: dict[int, float] = {}
         in_turn: list[tuple[float | None, int]] = [*((None, m) for m in tokens), *cases]
         for (share, m), function in zip(in_turn, functions, strict=True):
@@ -193,7 +196,7 @@ def benchmark(
                 matmul = total if share is None else total_us(times, without="quantize")
             except Exception as error:  # one bad case is no reason to lose the others
                 what = "bf16" if share is None else f"share {share}"
-                log(f"FAILED, left out: {n} x {k}, M = {m}, {what}: {str(error).splitlines()[0][:300]}")
+                log.append(f"FAILED, left out: {n} x {k}, M = {m}, {what}: {str(error).splitlines()[0][:300]}")
                 continue
             if share is None:
                 bf16_us[m] = round(total, 2)
@@ -217,10 +220,50 @@ def benchmark(
                     floor_us=round(ceilings.floor_us(m, n, k, weights[0].nbytes), 2),
                 )
             )
-        log(f"{n} x {k}: compiled in {compiled:.0f} s, all in {time.perf_counter() - started:.0f} s")
-        log("\n".join(format_row(row) for row in rows if (row.n, row.k) == (n, k)))
-        store(rows, ceilings)
-    return rows, ceilings
+    log.append(f"{n} x {k}: compiled in {compiled:.0f} s, all in {time.perf_counter() - started:.0f} s")
+    return rows, [*log, *map(format_row, rows)]
+
+
+def benchmark(
+    shapes: Sequence[tuple[int, int]],
+    tokens: Sequence[int],
+    shares: Sequence[float],
+    implementation: str,
+    processes: int,
+    log: Callable[[str], None],
+    store: Callable[[Sequence[Row], Ceilings], None],
+) -> tuple[list[Row], Ceilings]:
+    """Measure every shape; `store` gets all rows so far whenever a shape is done.
+
+    Several processes trace and compile for different shapes at once, which is most of the time, and take turns at the
+    device.
+    """
+    ceilings = measure_ceilings()
+    log(
+        f"copy {ceilings.copy_bytes_per_second / 1e12:.2f} TB/s, "
+        f"int8 {ceilings.int8_operations_per_second / 1e12:.0f} TOP/s"
+    )
+    by_shape: dict[tuple[int, int], list[Row]] = {}
+
+    def done(shape: tuple[int, int], result: tuple[list[Row], list[str]]) -> None:
+        by_shape[shape], lines = result
+        log("\n".join(lines))
+        store([row for shape in shapes for row in by_shape.get(shape, [])], ceilings)
+
+    if processes == 1:
+        for shape in shapes:
+            done(shape, benchmark_shape(shape, tokens, shares, implementation, ceilings, contextlib.nullcontext()))
+    else:
+        context = multiprocessing.get_context("spawn")
+        with context.Manager() as manager, ProcessPoolExecutor(processes, context) as pool:
+            turn = cast(AbstractContextManager[Any], manager.Lock())
+            waiting = {
+                pool.submit(benchmark_shape, shape, tokens, shares, implementation, ceilings, turn): shape
+                for shape in shapes
+            }
+            for future in as_completed(waiting):
+                done(waiting[future], future.result())
+    return [row for shape in shapes for row in by_shape[shape]], ceilings
 
 
 HEADER = "    M      N      K  8-bit  implementation   all in   matmul     bf16    floor  speed-up  TOP/s  of floor"
@@ -287,9 +330,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES), help="shares of 8-bit channels")
     parser.add_argument("--implementation", default="auto")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="that compile for different shapes at once and take turns at the device",
+    )
     parser.add_argument("--quick", action="store_true", help="two shapes, four numbers of tokens, one share")
     parser.add_argument("--out", type=Path, help="JSON file; the plot goes beside it")
     options = parser.parse_args(arguments)
+    if options.processes > 1:  # before JAX starts: no process may take most of the memory for itself
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     if registry.compute_capability() is None:
         print("the benchmark needs an NVIDIA GPU that JAX sees", file=sys.stderr)
         return 1
@@ -307,6 +358,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.tokens,
         options.shares,
         options.implementation,
+        options.processes,
         lambda line: print(line, flush=True),
         store,
     )
