@@ -2,13 +2,15 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from kernel_cases import make_case, relative_error
+from kernel_cases import assemble, make_case, relative_error
 
 from pallas_kernels.mixed_matmul import configs, pallas_mosaic_gpu, pallas_mosaic_gpu_config
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MosaicGpuConfig
 from pallas_kernels.mixed_matmul.triton_few_tokens import FewTokensConfig
 from pallas_kernels.mixed_matmul.triton_tiles import Problem
+from pallas_kernels.packing import PackedWeight, with_code_sums
 
 CONFIGS = [
     MosaicGpuConfig(),
@@ -18,7 +20,19 @@ CONFIGS = [
     MosaicGpuConfig(64, 1, 12, 4, parts=1),
     MosaicGpuConfig(16, 1, 16, 4, parts=1),
     MosaicGpuConfig(8, 2, 8, 2, parts=1),
+    MosaicGpuConfig(64, 1, 4, 8, parts=1, unsigned=True),
+    MosaicGpuConfig(128, 2, 4, 4, parts=1, unsigned=True),
 ]
+
+
+def with_sums(weight: PackedWeight) -> PackedWeight:
+    """With the sums of the codes, where the group size is one for which they are used."""
+    return with_code_sums(weight) if weight.group_size == 128 else weight
+
+
+def limit(config: MosaicGpuConfig) -> float:
+    """Of the relative error: the zero points of unsigned operands are taken off with 16 bits."""
+    return 2e-4 if config.unsigned else 1e-6
 
 
 def test_settings_that_the_kernel_cannot_take_are_refused():
@@ -26,6 +40,33 @@ def test_settings_that_the_kernel_cannot_take_are_refused():
         MosaicGpuConfig(tile_tokens=40, parts=1)
     with pytest.raises(ValueError, match="compute_warpgroups must be 1 or 2"):
         MosaicGpuConfig(compute_warpgroups=3)
+    with pytest.raises(ValueError, match="with unsigned operands parts must be 1"):
+        MosaicGpuConfig(unsigned=True)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_weights_without_sums_of_codes_have_the_same_tiles(config: MosaicGpuConfig):
+    signed = config.signed
+    assert not signed.unsigned
+    assert (signed.tile_tokens, signed.compute_warpgroups) == (config.tile_tokens, config.compute_warpgroups)
+    assert config.unsigned or signed == config
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11 or later, and says so")
+@pytest.mark.parametrize("groups", [1, 2, 28, 32, 33, 43, 86, 112, 149])
+@pytest.mark.parametrize(("stages", "unroll"), [(4, 4), (4, 8), (8, 4), (3, 2)])
+def test_blocks_of_unsigned_operands_cover_the_groups_in_order(groups: int, stages: int, unroll: int):
+    """With as many groups in 32 as the activation sums of one correction, and slots that follow each other."""
+    from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_unsigned import UnsignedKernel
+
+    config = MosaicGpuConfig(stages=stages, unroll=unroll, parts=1, unsigned=True)
+    kernel = UnsignedKernel(256, 128, 128, groups, 128, 2, config)
+    with jax.ensure_compile_time_eval():
+        spans = [tuple(map(int, kernel.blocks_of(number))) for number in range(kernel.corrections)]
+        slots = [int(slot) for block in range(2 * kernel.num_blocks) for slot in kernel.slots(block)]
+    assert [end * kernel.unroll for _, end in spans] == [min(32 * (i + 1), groups) for i in range(len(spans))]
+    assert [first for first, _ in spans] == [0] + [end for _, end in spans[:-1]]
+    assert slots == [group % kernel.stages for group in range(2 * groups)]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -62,13 +103,17 @@ def test_the_faster_implementation_of_the_nearest_case_comes_first(monkeypatch: 
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11 or later, and says so")
-@pytest.mark.parametrize("config", CONFIGS[:1] + CONFIGS[-2:], ids=str)
-@pytest.mark.parametrize("sizes", [(130, 201, 256, 128, 0.3), (33, 70, 192, 64, 0.0), (1, 70, 96, 32, 1.0)], ids=str)
+@pytest.mark.parametrize("config", CONFIGS[:1] + CONFIGS[-3:], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [(130, 201, 256, 128, 0.3), (33, 70, 192, 64, 0.0), (1, 70, 96, 32, 1.0), (65, 70, 4224, 128, 0.5)],
+    ids=str,
+)
 def test_lowers_without_a_gpu(config: MosaicGpuConfig, sizes: tuple[int, int, int, int, float]):
     """The whole lowering is Python and runs anywhere; what it gives is a call of the Mosaic GPU compiler."""
     case = make_case(*sizes, bias=True)
     arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (case.activations, case.weight, case.bias)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (case.activations, with_sums(case.weight), case.bias)
     )
     run = jax.jit(lambda *arguments: pallas_mosaic_gpu.mixed_matmul(*arguments, out_dtype=jnp.bfloat16, config=config))
     assert "mosaic_gpu" in run.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
@@ -78,27 +123,58 @@ def test_lowers_without_a_gpu(config: MosaicGpuConfig, sizes: tuple[int, int, in
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize(
     "sizes",
-    [(11, 70, 640, 128, 0.2), (300, 333, 1024, 64, 0.2), (65, 130, 2048, 128, 0.0), (33, 70, 576, 64, 0.5)],
+    [
+        (11, 70, 640, 128, 0.2),
+        (300, 333, 1024, 64, 0.2),
+        (65, 130, 2048, 128, 0.0),
+        (33, 70, 576, 64, 0.5),
+        (257, 301, 4480, 128, 0.3),
+        (130, 70, 256, 128, 1.0),
+    ],
     ids=str,
 )
 def test_configurations(config: MosaicGpuConfig, sizes: tuple[int, int, int, int, float]):
     if jax.devices()[0].compute_capability != "9.0":
         pytest.skip("the kernel is for Hopper GPUs")
     case = make_case(*sizes, bias=True)
-    arguments = jax.tree.map(jnp.asarray, (case.activations, case.weight, case.bias))
+    arguments = jax.tree.map(jnp.asarray, (case.activations, with_sums(case.weight), case.bias))
     out = pallas_mosaic_gpu.mixed_matmul(*arguments, out_dtype="float32", config=config)
-    assert relative_error(out, case.expected) < 1e-6
+    assert relative_error(out, case.expected) < limit(config)
 
 
 @pytest.mark.gpu
-def test_tiles_of_both_kinds_follow_each_other():
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[-1]], ids=str)
+def test_tiles_of_both_kinds_follow_each_other(config: MosaicGpuConfig):
     """More tiles than multiprocessors, so that slots of the ring pass from 4-bit to 8-bit channels and back."""
     if jax.devices()[0].compute_capability != "9.0":
         pytest.skip("the kernel is for Hopper GPUs")
     case = make_case(1500, 3001, 512, 128, 0.3, bias=True)
-    arguments = jax.tree.map(jnp.asarray, (case.activations, case.weight, case.bias))
-    run = jax.jit(lambda *arguments: pallas_mosaic_gpu.mixed_matmul(*arguments, out_dtype="float32"))
+    arguments = jax.tree.map(jnp.asarray, (case.activations, with_sums(case.weight), case.bias))
+    run = jax.jit(lambda *arguments: pallas_mosaic_gpu.mixed_matmul(*arguments, out_dtype="float32", config=config))
     first = run(*arguments)
-    assert relative_error(first, case.expected) < 1e-6
+    assert relative_error(first, case.expected) < limit(config)
     for _ in range(5):
         assert (run(*arguments) == first).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("activation", "code4", "zero_point", "code8"), [(127, 15, 0, 127), (-127, 0, 15, -128)])
+def test_unsigned_dots_at_their_limits(activation: int, code4: int, zero_point: int, code8: int):
+    """255 x 255 x 128 is the largest integer whose bits have to be a denormal float."""
+    if jax.devices()[0].compute_capability != "9.0":
+        pytest.skip("the kernel is for Hopper GPUs")
+    m, n4, n8, groups = 130, 70, 60, 3
+    case = assemble(
+        activation_codes=np.full((m, 128 * groups), activation),
+        activation_scales=np.full((groups, m), 0.02, np.float32),
+        codes4=np.full((n4, 128 * groups), code4),
+        zero_points4=np.full((n4, groups), zero_point),
+        codes8=np.full((n8, 128 * groups), code8),
+        scales=np.full((n4 + n8, groups), 0.02, np.float16),
+        order=np.arange(n4 + n8),
+        bias=None,
+        group_size=128,
+    )
+    arguments = jax.tree.map(jnp.asarray, (case.activations, with_sums(case.weight), None))
+    out = pallas_mosaic_gpu.mixed_matmul(*arguments, out_dtype="float32", config=CONFIGS[-1])
+    assert relative_error(out, case.expected) < limit(CONFIGS[-1])

@@ -71,12 +71,12 @@ def check(case: Case, config: MosaicGpuConfig, out_dtype: str, bias: bool) -> No
 @pytest.mark.parametrize("n8", [0, 1, 2867, 28672])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_shared_memory_suffices(n8: int, itemsize: int):
-    from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_kernel import _Kernel
+    from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_kernel import kernel_type
 
     for tokens in (1, 16, 33, 64, 65, 128, 512, 4095):
         problem = Problem(tokens, 4096, 128, 28672 - n8, n8)
         for config in (pallas_mosaic_gpu_config.default(problem), *pallas_mosaic_gpu_config.candidates(tokens)):
-            kernel = _Kernel(tokens, 28672 - n8, n8, 32, 128, itemsize, config.fitted(tokens))
+            kernel = kernel_type(config)(tokens, 28672 - n8, n8, 32, 128, itemsize, config.fitted(tokens))
             arrays = [ref.inner_aval for ref in kernel.scratch().values() if hasattr(ref, "inner_aval")]
             used = sum(-(-array.size * array.dtype.itemsize // 1024) * 1024 for array in arrays)
             assert used <= SHARED_MEMORY, (config, used)

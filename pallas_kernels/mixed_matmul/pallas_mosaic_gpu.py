@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import registry
 from pallas_kernels.activations import QuantizedActivations
-from pallas_kernels.mixed_matmul import configs
+from pallas_kernels.mixed_matmul import configs, unsigned_operands
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MULTIPROCESSORS, MosaicGpuConfig
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_config import MosaicGpuSplitConfig
 from pallas_kernels.mixed_matmul.triton_tiles import problem_of
@@ -27,7 +27,10 @@ def mixed_matmul(
     out_dtype: jax.typing.DTypeLike,
     config: MosaicGpuConfig | MosaicGpuSplitConfig | None = None,
 ) -> jax.Array:
-    """The mixed matmul in one launch; `config` overrides the tuned choice."""
+    """The mixed matmul in one launch; `config` overrides the tuned choice.
+
+    With unsigned operands (many tokens) a pass over the activations goes before it.
+    """
     # Imports slowly, and not everywhere.
     from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_kernel, pallas_mosaic_gpu_split
 
@@ -36,6 +39,8 @@ def mixed_matmul(
     arguments = (activations, weight, bias, jnp.dtype(out_dtype))
     if isinstance(config, MosaicGpuSplitConfig):
         return pallas_mosaic_gpu_split.launch(*arguments, config, _multiprocessors())
+    if weight.code_sums4 is None or weight.group_size != unsigned_operands.GROUP_SIZE:
+        config = config.signed
     return pallas_mosaic_gpu_kernel.launch(*arguments, config, _multiprocessors())
 
 

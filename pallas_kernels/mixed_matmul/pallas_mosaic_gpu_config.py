@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pallas_kernels.mixed_matmul.triton_tiles import Problem
@@ -32,6 +32,9 @@ class MosaicGpuConfig:
         parts: Dots a warpgroup keeps in flight, each over an equal part of the tile's tokens: while one runs, the
             result of another is scaled.
         band: Token tiles of a band; the tiles of a band that share channels are visited one after another.
+        unsigned: Unsigned operands (see pallas_mosaic_gpu_unsigned.py), for groups of 128 and weights with the sums of
+            their codes; other weights take the `signed` settings. A tile's tokens are one part, and a block may go
+            round the ring more than once.
     """
 
     tile_tokens: int = 128
@@ -40,6 +43,7 @@ class MosaicGpuConfig:
     unroll: int = 2
     parts: int = 2
     band: int = 8
+    unsigned: bool = False
 
     def __post_init__(self) -> None:
         """Check what the kernel takes for granted."""
@@ -47,6 +51,8 @@ class MosaicGpuConfig:
             raise ValueError(f"tile_tokens must be parts times one of {DOT_TOKENS}, and at most 128; found {self}")
         if self.compute_warpgroups not in (1, 2):
             raise ValueError(f"compute_warpgroups must be 1 or 2, since each needs most of the registers; found {self}")
+        if self.unsigned and self.parts != 1:
+            raise ValueError(f"with unsigned operands parts must be 1; found {self}")
 
     def fitted(self, tokens: int) -> MosaicGpuConfig:
         """These settings without a part that no token ever reaches.
@@ -57,6 +63,14 @@ class MosaicGpuConfig:
         if tokens > self.tile_tokens * (self.parts - 1) // self.parts:
             return self
         return dataclasses.replace(self, tile_tokens=next(size for size in DOT_TOKENS if tokens <= size), parts=1)
+
+    @property
+    def signed(self) -> MosaicGpuConfig:
+        """Settings with signed operands for the same tiles."""
+        if not self.unsigned:
+            return self
+        ring = {"stages": 6, "unroll": 2, "parts": 2} if self.tile_tokens == 128 else {"stages": 8, "unroll": 4}
+        return dataclasses.replace(self, unsigned=False, **ring)
 
     @property
     def tile_channels(self) -> int:
@@ -75,9 +89,15 @@ def default(problem: Problem) -> MosaicGpuConfig:
         if tiles(128, tile_tokens) <= MULTIPROCESSORS:
             return MosaicGpuConfig(tile_tokens, 1, 12 if tile_tokens == 64 else 16, 4, parts=1)
         return MosaicGpuConfig(tile_tokens, 2, 8, 4, parts=1)
+    if problem.tokens >= 512 and tiles(128, 128) > MULTIPROCESSORS * 3 // 4:
+        return MosaicGpuConfig(**_UNSIGNED)
     if tiles(128, 128) <= MULTIPROCESSORS * 3 // 4:
         return MosaicGpuConfig(64, 2, 8, 4, parts=1)
     return MosaicGpuConfig()
+
+
+_UNSIGNED: dict[str, Any] = {"stages": 4, "unroll": 4, "parts": 1, "unsigned": True}
+"""The ring of a tile of 128 tokens with unsigned operands."""
 
 
 def candidates(tokens: int) -> list[MosaicGpuConfig]:
@@ -89,5 +109,9 @@ def candidates(tokens: int) -> list[MosaicGpuConfig]:
             for size in sizes
             for warpgroups, stages in ((1, 12 if size == 64 else 16), (2, 8))
         ]
-    many = [MosaicGpuConfig(), MosaicGpuConfig(band=4), MosaicGpuConfig(stages=4, unroll=4)]
-    return [*many, MosaicGpuConfig(64, 2, 8, 4, parts=1), MosaicGpuConfig(64, 2, 8, 4)]
+    signed = [MosaicGpuConfig(), MosaicGpuConfig(64, 2, 8, 4, parts=1), MosaicGpuConfig(64, 2, 8, 4)]
+    if tokens <= 128:
+        return signed
+    unsigned = [MosaicGpuConfig(size, **_UNSIGNED) for size in (64, 96, 128)]
+    unsigned += [MosaicGpuConfig(unroll=8, stages=4, parts=1, unsigned=True), MosaicGpuConfig(band=4, **_UNSIGNED)]
+    return [*unsigned, MosaicGpuConfig(128, 1, **_UNSIGNED), *signed]

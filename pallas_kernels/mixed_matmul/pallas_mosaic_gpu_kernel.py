@@ -51,15 +51,8 @@ def launch(
     """Quantised linear layer `[tokens, out_features]`; see `pallas_kernels.mixed_matmul.api.mixed_matmul`."""
     config = config.fitted(activations.tokens)
     sizes = (activations.tokens, weight.n4, weight.n8, weight.num_groups, weight.group_size)
-    kernel = _Kernel(*sizes, out_dtype.itemsize, config)
-    # Rows of scales are not always multiples of 16 bytes apart, as the copy engine wants of two axes: it gets one.
-    operands = {"codes": activations.codes, "token_scales": activations.scales.reshape(-1)}
-    if weight.n4:
-        operands |= {"codes4": weight.codes4, "scales4": weight.scales4.reshape(-1)}
-        operands |= {"zero_points4": weight.zero_points4.reshape(-1)}
-    if weight.n8:
-        operands |= {"codes8": weight.codes8, "scales8": weight.scales8.reshape(-1)}
-    operands["order"] = weight.channel_order
+    kernel = kernel_type(config)(*sizes, out_dtype.itemsize, config)
+    operands = kernel.operands(activations, weight) | {"order": weight.channel_order}
     if bias is not None:
         operands["bias"] = bias.astype(jnp.float32)
     run = plgpu.kernel(
@@ -77,6 +70,15 @@ def launch(
         ),
     )
     return run(*operands.values())
+
+
+def kernel_type(config: MosaicGpuConfig) -> type[_Kernel]:
+    """The kernel that these settings are for."""
+    if not config.unsigned:
+        return _Kernel
+    from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_unsigned  # builds on this module
+
+    return pallas_mosaic_gpu_unsigned.UnsignedKernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +200,19 @@ class _Kernel:
     def staging(self) -> store.Staging:
         """How finished dots pass through shared memory."""
         return store.Staging(self.config.tile_tokens // self.config.parts, self.out_itemsize)
+
+    def operands(self, activations: QuantizedActivations, weight: PackedWeight) -> dict[str, jax.Array]:
+        """Arrays to copy from, by name.
+
+        Rows of scales are not always multiples of 16 bytes apart, as the copy engine wants of two axes: it gets one.
+        """
+        arrays = {"codes": activations.codes, "token_scales": activations.scales.reshape(-1)}
+        if weight.n4:
+            arrays |= {"codes4": weight.codes4, "scales4": weight.scales4.reshape(-1)}
+            arrays |= {"zero_points4": weight.zero_points4.reshape(-1)}
+        if weight.n8:
+            arrays |= {"codes8": weight.codes8, "scales8": weight.scales8.reshape(-1)}
+        return arrays
 
     def scratch(self) -> dict[str, Any]:
         """Shared memory: the ring's stages and their barriers, and room for finished tiles."""

@@ -31,15 +31,17 @@ MAGIC = 12582912.0
 ACCUMULATOR_LAYOUT = fa.WGMMA_LAYOUT_ACC_32BIT
 
 
-def _i32(value: int) -> ir.Value:
+def i32_constant(value: int) -> ir.Value:
+    """A 32-bit integer, whose bits may also be given as those of an unsigned one."""
     return arith.constant(ir.IntegerType.get_signless(32), value - (1 << 32) if value >= 1 << 31 else value)
 
 
-def _f32(value: float) -> ir.Value:
+def f32_constant(value: float) -> ir.Value:
+    """A 32-bit float."""
     return arith.constant(ir.F32Type.get(), value)
 
 
-def _load(ref: ir.Value, index: ir.Value, dtype: ir.Type, lanes: int = 1) -> ir.Value:
+def load(ref: ir.Value, index: ir.Value, dtype: ir.Type, lanes: int = 1) -> ir.Value:
     """One load of `lanes` neighbouring elements of a 1-d reference."""
     pointer = utils.getelementptr(utils.memref_ptr(ref), [index], dtype)
     if lanes == 1:
@@ -50,10 +52,10 @@ def _load(ref: ir.Value, index: ir.Value, dtype: ir.Type, lanes: int = 1) -> ir.
 def lane_position() -> tuple[ir.Value, ir.Value]:
     """Channel within the warpgroup's 64 (the h = 0 one) and first token within each 8 of this thread's fragment."""
     thread = utils.thread_idx()
-    lane = arith.andi(thread, _i32(31))
-    warp = arith.andi(arith.shrui(thread, _i32(5)), _i32(3))
-    channel = arith.addi(arith.muli(warp, _i32(16)), arith.shrui(lane, _i32(2)))
-    return channel, arith.muli(arith.andi(lane, _i32(3)), _i32(2))
+    lane = arith.andi(thread, i32_constant(31))
+    warp = arith.andi(arith.shrui(thread, i32_constant(5)), i32_constant(3))
+    channel = arith.addi(arith.muli(warp, i32_constant(16)), arith.shrui(lane, i32_constant(2)))
+    return channel, arith.muli(arith.andi(lane, i32_constant(3)), i32_constant(2))
 
 
 def as_tiles(ref: ir.Value) -> ir.Value:
@@ -64,19 +66,20 @@ def as_tiles(ref: ir.Value) -> ir.Value:
 
 def zero_total(tokens: int) -> fa.FragmentedArray:
     """Float32 accumulator `[64, tokens]` of zeros."""
-    return fa.FragmentedArray.splat(_f32(0.0), (CHANNELS_PER_WARPGROUP, tokens), ACCUMULATOR_LAYOUT)
+    return fa.FragmentedArray.splat(f32_constant(0.0), (CHANNELS_PER_WARPGROUP, tokens), ACCUMULATOR_LAYOUT)
 
 
-def _registers_as_i32(array: fa.FragmentedArray) -> np.ndarray:
+def registers_as_i32(array: fa.FragmentedArray) -> np.ndarray:
+    """The registers of an array of bytes, as words of four."""
     i32 = ir.IntegerType.get_signless(32)
     words = np.empty(array.registers.shape, dtype=object)
     for index, register in np.ndenumerate(array.registers):
         word = vector.bitcast(ir.VectorType.get((1,), i32), register)
-        words[index] = _element(word)
+        words[index] = element(word)
     return words
 
 
-def _as_int8(words: np.ndarray) -> fa.FragmentedArray:
+def as_int8(words: np.ndarray) -> fa.FragmentedArray:
     """Left operand `[64, K]` from 32-bit words of four int8 codes."""
     i8, i32 = ir.IntegerType.get_signless(8), ir.IntegerType.get_signless(32)
     registers = np.empty(words.shape, dtype=object)
@@ -99,14 +102,14 @@ def unpack_codes4(packed: fa.FragmentedArray, zero_points: list[ir.Value]) -> fa
     (code | 0x80) - zero_point never borrows from the next byte, and flipping the top bit back gives the int8.
     """
     i32 = ir.IntegerType.get_signless(32)
-    words = _registers_as_i32(packed)
+    words = registers_as_i32(packed)
     # Shape (1, K/16, 1, 1, 2, ...): the axis of size two that picks h is the only one besides the columns.
     flat = words.reshape(-1, 2)
     halves = []
     for shift in (0, 4):
         half = np.empty(flat.shape, dtype=object)
         for index, word in np.ndenumerate(flat):
-            nibbles = arith.shrui(word, _i32(shift)) if shift else word
+            nibbles = arith.shrui(word, i32_constant(shift)) if shift else word
             # Spelled out, since the compiler would otherwise rearrange the three operations into four.
             half[index] = utils.inline_ptx(
                 "{ .reg .b32 t; lop3.b32 t, $1, 0x0f0f0f0f, 0x80808080, 0xea; sub.u32 t, t, $2; "
@@ -116,7 +119,7 @@ def unpack_codes4(packed: fa.FragmentedArray, zero_points: list[ir.Value]) -> fa
                 result_types=i32,
             )
         halves.append(half.reshape(words.shape))
-    return _as_int8(np.concatenate(halves, axis=1))
+    return as_int8(np.concatenate(halves, axis=1))
 
 
 def load_zero_points(ref: ir.Value, first: ir.Value) -> list[Any]:
@@ -124,9 +127,9 @@ def load_zero_points(ref: ir.Value, first: ir.Value) -> list[Any]:
     channel = arith.addi(first, lane_position()[0])
     values = []
     for half in range(2):
-        value = _load(ref, arith.addi(channel, _i32(8 * half)), ir.IntegerType.get_signless(8))
+        value = load(ref, arith.addi(channel, i32_constant(8 * half)), ir.IntegerType.get_signless(8))
         value = arith.extui(ir.IntegerType.get_signless(32), value)
-        values.append(arith.muli(value, _i32(0x01010101)))
+        values.append(arith.muli(value, i32_constant(0x01010101)))
     return values
 
 
@@ -135,9 +138,9 @@ def load_channel_scales(ref: ir.Value, first: ir.Value) -> list[Any]:
     channel = arith.addi(first, lane_position()[0])
     scales = []
     for half in range(2):
-        scale = _load(ref, arith.addi(channel, _i32(8 * half)), ir.F16Type.get())
+        scale = load(ref, arith.addi(channel, i32_constant(8 * half)), ir.F16Type.get())
         scale = arith.extf(ir.F32Type.get(), scale)
-        scales.append((scale, arith.mulf(scale, _f32(-MAGIC))))
+        scales.append((scale, arith.mulf(scale, f32_constant(-MAGIC))))
     return scales
 
 
@@ -150,11 +153,11 @@ def load_token_scales(ref: ir.Value, first: ir.Value, tokens: int, *, pairs: boo
     token = arith.addi(first, lane_position()[1])
     scales = []
     for block in range(tokens // 8):
-        index = arith.addi(token, _i32(8 * block))
+        index = arith.addi(token, i32_constant(8 * block))
         if not pairs:
-            scales += [_load(ref, arith.addi(index, _i32(lane)), f32) for lane in range(2)]
+            scales += [load(ref, arith.addi(index, i32_constant(lane)), f32) for lane in range(2)]
             continue
-        pair = _load(ref, index, f32, lanes=2)
+        pair = load(ref, index, f32, lanes=2)
         for lane in range(2):
             position = ir.DenseI64ArrayAttr.get([lane])
             scales.append(vector.extract(pair, dynamic_position=[], static_position=position))
@@ -165,7 +168,7 @@ def magic_accumulator(tokens: int) -> fa.FragmentedArray:
     """int32 `[64, tokens]` of the magic number's bits, in registers from here on."""
     shape = (CHANNELS_PER_WARPGROUP, tokens)
     return fa.optimization_barrier(
-        fa.FragmentedArray.splat(_i32(MAGIC_BITS), shape, ACCUMULATOR_LAYOUT, is_signed=True)
+        fa.FragmentedArray.splat(i32_constant(MAGIC_BITS), shape, ACCUMULATOR_LAYOUT, is_signed=True)
     )
 
 
@@ -179,21 +182,21 @@ def issue_dot(
     """
     i32 = ir.IntegerType.get_signless(32)
     tokens = accumulator.shape[1]
-    sums = [_element(register) for register in accumulator.registers.flat]
-    words = list(_registers_as_i32(codes).flat)
+    sums = [element(register) for register in accumulator.registers.flat]
+    words = list(registers_as_i32(codes).flat)
     num_sums, first_word, steps = len(sums), 2 * len(sums), len(words) // 4
-    descriptor = first_word + len(words)
+    descriptor_index = first_word + len(words)
     outputs = ", ".join(f"${index}" for index in range(num_sums))
     lines = [".reg .pred add;", f".reg .b64 d<{steps}>;", "setp.eq.b32 add, 0, 0;", "wgmma.fence.sync.aligned;"]
     for step in range(steps):
         left = ", ".join(f"${first_word + 4 * step + index}" for index in range(4))
-        lines.append(f"add.s64 d{step}, ${descriptor}, {2 * step};")  # 32 bytes on, in units of 16
+        lines.append(f"add.s64 d{step}, ${descriptor_index}, {2 * step};")  # 32 bytes on, in units of 16
         lines.append(f"wgmma.mma_async.sync.aligned.m64n{tokens}k32.s32.s8.s8 {{{outputs}}}, {{{left}}}, d{step}, add;")
     lines.append("wgmma.commit_group.sync.aligned;")
     tied = [str(index) for index in range(num_sums)]
     result = llvm.inline_asm(
         llvm.StructType.get_literal([i32] * num_sums),
-        [*sums, *words, _descriptor(activations, swizzle)],
+        [*sums, *words, descriptor(activations, swizzle)],
         "{ " + " ".join(lines) + " }",
         ",".join(["=r"] * num_sums + tied + ["r"] * len(words) + ["l"]),
         has_side_effects=True,
@@ -205,7 +208,7 @@ def issue_dot(
     return fa.FragmentedArray(_registers=registers, _layout=accumulator.layout, _is_signed=True)
 
 
-def _descriptor(ref: ir.Value, swizzle: int) -> ir.Value:
+def descriptor(ref: ir.Value, swizzle: int) -> ir.Value:
     """What `wgmma` takes for a right operand in shared memory whose rows are one swizzle wide and follow each other."""
     i64 = ir.IntegerType.get_signless(64)
     address = llvm.ptrtoint(i64, utils.memref_ptr(ref))
@@ -215,7 +218,7 @@ def _descriptor(ref: ir.Value, swizzle: int) -> ir.Value:
     return llvm.or_(address, arith.constant(i64, (stride >> 4 << 32) | (kind << 62)))
 
 
-def _element(register: ir.Value) -> ir.Value:
+def element(register: ir.Value) -> ir.Value:
     """The only element of a one-element vector."""
     return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([0]))
 
@@ -227,7 +230,7 @@ def wait_dot(accumulator: fa.FragmentedArray, codes: fa.FragmentedArray, in_flig
     next group's codes to the same registers, which would make it run the dots one instruction at a time.
     """
     utils.inline_ptx(f"wgmma.wait_group.sync.aligned {in_flight};", has_side_effects=True)
-    words = list(_registers_as_i32(codes).flat)
+    words = list(registers_as_i32(codes).flat)
     void = ir.Type.parse("!llvm.void")
     llvm.inline_asm(void, words, "", ",".join("r" * len(words)), has_side_effects=True)
     return fa.optimization_barrier(accumulator)
@@ -246,7 +249,7 @@ def add_scaled(
     for index, (old, dot) in enumerate(elements):
         block, half, lane = index // 4, index // 2 % 2, index % 2
         scale, minus_magic_scale = channel_scales[half]
-        weighted = mlir_math.fma(arith.bitcast(f32, _element(dot)), scale, minus_magic_scale)
-        new = mlir_math.fma(weighted, token_scales[2 * block + lane], _element(old))
+        weighted = mlir_math.fma(arith.bitcast(f32, element(dot)), scale, minus_magic_scale)
+        new = mlir_math.fma(weighted, token_scales[2 * block + lane], element(old))
         registers.flat[index] = vector.broadcast(ir.VectorType.get((1,), f32), new)
     return fa.FragmentedArray(_registers=registers, _layout=total.layout, _is_signed=None)

@@ -1,0 +1,273 @@
+"""The Hopper kernel on unsigned operands: fewer instructions a dot, for many tokens.
+
+At many tokens the tensor cores and the instructions around them take turns: the time is that of the dots plus about a
+clock for each instruction. With unsigned operands a dot needs nothing but two multiply-adds an output. Activations are
+a' = a + 128, codes enter as they are stored (q, 0..15; 8-bit ones as w + 128), so that d' = sum q a' is not negative
+and less than 2**23: the accumulator starts at zero, and its bits *are* the denormal float d' * 2**-149. Wanted is
+
+    sum (q - z) a = d' - 128 sum q - z sum a
+
+- 128 sum q is known for each channel and group, and part of the first multiply-add.
+- z sum a, times both scales, has one factor a channel and one a token: for 32 groups at once it is a small bfloat16
+  product, which the tensor cores subtract from the totals. Its factors are split in two bfloat16 terms each, so that
+  it is exact to about 2**-16; the integer dots stay exact.
+
+Tiles, ring, loading warp and store are those of pallas_mosaic_gpu_kernel.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.activations import QuantizedActivations
+from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_unsigned_registers as unsigned
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import CHANNELS_PER_WARPGROUP
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_kernel import (
+    _ACCUMULATOR,
+    _SCALAR,
+    Index,
+    Ref,
+    _Emitted,
+    _Kernel,
+    _swizzled,
+    _Tile,
+)
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_registers import load_codes, wait_dot
+from pallas_kernels.mixed_matmul.unsigned_operands import GROUPS_OF_BLOCK, unsigned_activations
+from pallas_kernels.packing import PackedWeight
+
+SUMS_BYTES = 128
+"""Of a token: two bfloat16 terms of its activation sums in 32 groups."""
+
+
+@dataclasses.dataclass(frozen=True)
+class UnsignedKernel(_Kernel):
+    """The kernel of one problem, on unsigned operands; a tile's tokens are one part."""
+
+    @property
+    def unroll(self) -> int:
+        """Groups of a block: whole blocks make up 32 groups."""
+        sizes = [size for size in (1, 2, 4, 8, 16, 32) if size <= self.config.unroll and self.num_groups % size == 0]
+        return max(sizes)
+
+    @property
+    def stages(self) -> int:
+        """Ring slots: whole blocks, or a block goes round the ring several times."""
+        if self.unroll % self.config.stages == 0:
+            return self.config.stages
+        return max(1, self.config.stages // self.unroll) * self.unroll
+
+    def slots(self, block: Index) -> list[Index]:
+        """Ring slots of the groups of a block, counted over all tiles of the multiprocessor."""
+        blocks = max(1, self.stages // self.unroll)
+        first = 0 if blocks == 1 else lax.rem(block, blocks) * self.unroll
+        return [first + offset % self.stages for offset in range(self.unroll)]
+
+    @property
+    def corrections(self) -> int:
+        """Times that zero points are taken off a tile, each time those of the next 32 groups."""
+        return pl.cdiv(self.num_groups, GROUPS_OF_BLOCK)
+
+    def blocks_of(self, correction: Index) -> tuple[Index, Index]:
+        """The first block whose zero points a correction takes off, and the one behind the last."""
+        if self.corrections == 1:
+            return 0, self.num_blocks
+        blocks = GROUPS_OF_BLOCK // self.unroll
+        return correction * blocks, jnp.minimum((correction + 1) * blocks, self.num_blocks)
+
+    def operands(self, activations: QuantizedActivations, weight: PackedWeight) -> dict[str, jax.Array]:
+        """As in the base class, with unsigned activations, behind them their sums, and the sums of the codes."""
+        arrays = super().operands(activations, weight) | {"codes": unsigned_activations(activations)}
+        for bits, sums in (("4", weight.code_sums4), ("8", weight.code_sums8)):
+            if sums is not None and sums.size:
+                arrays["code_sums" + bits] = sums.reshape(-1)
+        return arrays
+
+    def scratch(self) -> dict[str, Any]:
+        """Shared memory: as in the base class, with sums of codes instead of zero points, and activation sums."""
+        c = self.config
+        rings = super().scratch()
+        rings.pop("zero_point_ring", None)
+        sums = max(self.channel_scales(is8).copied for is8 in (False, True))
+        swizzled = _swizzled(self.group_size)
+        return rings | {
+            "activation_ring": plgpu.SMEM(
+                (self.stages, c.tile_tokens, self.group_size), jnp.uint8, transforms=swizzled
+            ),
+            "code_sum_ring": plgpu.SMEM((self.stages, sums), jnp.uint16),
+            "full": plgpu.Barrier(num_arrivals=5, num_barriers=self.stages),
+            "activation_sums": plgpu.SMEM((c.tile_tokens, SUMS_BYTES), jnp.uint8, transforms=_swizzled(SUMS_BYTES)),
+            "sums_full": plgpu.Barrier(num_arrivals=1),
+            "sums_empty": plgpu.Barrier(num_arrivals=c.compute_warpgroups),
+        }
+
+    def load_tile(self, inputs: dict[str, Ref], scratch: dict[str, Any], tile: _Tile) -> None:
+        """Copy the groups of a tile into the ring, and before each 32 of them their activation sums."""
+        c, size, bits = self.config, self.group_size, "8" if tile.is8 else "4"
+        scales, tokens = self.channel_scales(tile.is8), pl.ds(tile.first_token, c.tile_tokens)
+        channels = pl.ds(0, scales.copied)
+
+        def load_group(group: Index, slot: Index) -> None:
+            rows = pl.ds(tile.first_row, c.tile_channels)
+            of_channels = [
+                scales.window(inputs[name + bits], group, tile.first_row) for name in ("scales", "code_sums")
+            ]
+            of_tokens = self.token_scales.window(inputs["token_scales"], group, tile.first_token)
+            for source, destination in (
+                (inputs["codes" + bits].at[group, rows], self.code_slot(scratch, tile.is8, slot)),
+                (inputs["codes"].at[tokens, pl.ds(group * size, size)], scratch["activation_ring"].at[slot]),
+                (of_channels[0], scratch["channel_scale_ring"].at[slot, channels]),
+                (of_channels[1], scratch["code_sum_ring"].at[slot, channels]),
+                (of_tokens, scratch["token_scale_ring"].at[slot]),
+            ):
+                plgpu.copy_gmem_to_smem(source, destination, scratch["full"].at[slot])
+
+        def load_block(index: Index, _: None) -> None:
+            block = tile.first_block + index
+            for offset, slot in enumerate(self.slots(block)):
+
+                @pl.when(block * self.unroll + offset >= self.stages)
+                def _wait(slot: Index = slot) -> None:
+                    plgpu.barrier_wait(scratch["empty"].at[slot])
+
+                load_group(index * self.unroll + offset, slot)
+
+        def load_corrected(correction: Index, _: None) -> None:
+            @pl.when(tile.first_block + correction > 0)
+            def _wait() -> None:
+                plgpu.barrier_wait(scratch["sums_empty"])
+
+            sums = pl.ds(self.num_groups * size + correction * SUMS_BYTES, SUMS_BYTES)
+            plgpu.copy_gmem_to_smem(inputs["codes"].at[tokens, sums], scratch["activation_sums"], scratch["sums_full"])
+            lax.fori_loop(*self.blocks_of(correction), load_block, None)
+
+        lax.fori_loop(0, self.corrections, load_corrected, None)
+
+    def compute_tile(
+        self, inputs: dict[str, Ref], out: Ref, scratch: dict[str, Any], first_channel: Index, tile: _Tile
+    ) -> None:
+        """Compute 64 channels of a tile, from `first_channel` on, and store them."""
+        c, is8 = self.config, tile.is8
+        emit = _UnsignedEmitted(self.group_size, c.tile_tokens, is8, even_tokens=self.tokens % 2 == 0)
+        first_row, rows = tile.first_row + first_channel, self.n8 if is8 else self.n4
+        emit.fetch_columns(inputs["order"], scratch["columns"], first_row, rows, self.n4 if is8 else 0)
+
+        def wait_and_load(slot: Index) -> Any:
+            plgpu.barrier_wait(scratch["full"].at[slot])
+            codes = self.code_slot(scratch, is8, slot).at[pl.ds(first_channel, CHANNELS_PER_WARPGROUP)]
+            return emit.load_codes(codes)
+
+        def add_block(index: Index, total: Any) -> Any:
+            """Add the groups of a block.
+
+            In the program a dot starts when the former one has been scaled. The assembler starts it earlier, where its
+            codes are loaded, and spreads its instructions among those that scale.
+            """
+            slots = self.slots(tile.first_block + index)
+            codes = wait_and_load(slots[0])
+            dot = emit.start(codes, scratch["activation_ring"].at[slots[0]])
+            for offset, slot in enumerate(slots):
+                group, is_last = index * self.unroll + offset, offset == self.unroll - 1
+                next_codes = codes if is_last else wait_and_load(slots[offset + 1])
+                total = emit.finish(
+                    dot,
+                    codes,
+                    total,
+                    [scratch[name].at[slot] for name in ("channel_scale_ring", "code_sum_ring", "token_scale_ring")],
+                    self.channel_scales(is8).lead(group) + first_channel,
+                    self.token_scales.lead(group),
+                )
+                plgpu.barrier_arrive(scratch["empty"].at[slot])
+                if not is_last:
+                    codes = next_codes
+                    dot = emit.start(codes, scratch["activation_ring"].at[slots[offset + 1]])
+            return total
+
+        def add_corrected(correction: Index, total: Any) -> Any:
+            plgpu.barrier_wait(scratch["sums_full"])
+            channels = [inputs["scales8"]] if is8 else [inputs["scales4"], inputs["zero_points4"]]
+            first_group = jnp.int32(correction * GROUPS_OF_BLOCK)
+            shape = (self.num_groups, rows)
+            total = emit.subtract_zero_points(
+                total, scratch["activation_sums"], channels, first_row, first_group, shape
+            )
+            plgpu.barrier_arrive(scratch["sums_empty"])
+            return lax.fori_loop(*self.blocks_of(correction), add_block, total)
+
+        total = emit.unscaled(lax.fori_loop(0, self.corrections, add_corrected, emit.zero_total()))
+        refs = [scratch["staging"], scratch["columns"], out, *([inputs["bias"]] if "bias" in inputs else [])]
+        emit.store(total, first_row, tile.first_token, rows, refs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _UnsignedEmitted(_Emitted):
+    """The register-level pieces of one tile, as calls from Pallas."""
+
+    def load_codes(self, codes: Ref) -> Any:
+        """Codes of a stage, ready for the dot."""
+        row_bytes = self.group_size if self.is8 else self.group_size // 2
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(_swizzled(row_bytes)),), return_type=self.codes_type)
+        def emit(ctx: Any, codes: Any) -> Any:
+            if self.is8:
+                return unsigned.offset_codes8(load_codes(codes, row_bytes, is_signed=True))
+            return unsigned.unpack_codes4(load_codes(codes, row_bytes, is_signed=False))
+
+        return emit(codes)
+
+    def start(self, codes: Any, activations: Ref) -> Any:
+        """Start the dot of a group."""
+        arg_types = (plgpu.Layout.WGMMA_8BIT, plgpu.RefType(_swizzled(self.group_size)))
+
+        @plgpu.inline_mgpu(arg_types=arg_types, return_type=self.accumulator_type)
+        def emit(ctx: Any, codes: Any, activations: Any) -> Any:
+            return unsigned.issue_dot(codes, activations, self.tokens)
+
+        return emit(codes, activations)
+
+    def finish(
+        self, dot: Any, codes: Any, total: Any, scales: list[Ref], first_channel: Index, first_token: Index
+    ) -> Any:
+        """Wait for a dot and add it; `scales` are those of the channels, the sums of their codes, and the tokens'."""
+        arg_types = (_ACCUMULATOR, plgpu.Layout.WGMMA_8BIT, _ACCUMULATOR, *[plgpu.RefType()] * 3, _SCALAR, _SCALAR)
+
+        @plgpu.inline_mgpu(arg_types=arg_types, return_type=self.total_type)
+        def emit(ctx: Any, dot: Any, codes: Any, total: Any, *rest: Any) -> Any:
+            channel_scales, code_sums, token_scales, first_channel, first_token = rest
+            of_channels = unsigned.load_channel_scales(channel_scales, code_sums, first_channel.registers.item())
+            dot = wait_dot(dot, codes, in_flight=0)
+            first = first_token.registers.item()
+            return unsigned.add_scaled(total, dot, of_channels, token_scales, first, pairs=self.even_tokens)
+
+        return emit(dot, codes, total, *scales, first_channel, first_token)
+
+    def subtract_zero_points(
+        self,
+        total: Any,
+        activation_sums: Ref,
+        channels: list[Ref],
+        first_row: Index,
+        first_group: Index,
+        shape: tuple[int, int],
+    ) -> Any:
+        """Take the zero points of 32 groups off; `channels` are scales, and zero points where they differ."""
+        types = (_ACCUMULATOR, plgpu.RefType(_swizzled(SUMS_BYTES)), _SCALAR, _SCALAR)
+
+        @plgpu.inline_mgpu(arg_types=(*types, *[plgpu.RefType()] * len(channels)), return_type=self.total_type)
+        def emit(ctx: Any, total: Any, sums: Any, first_row: Any, first_group: Any, scales: Any, *rest: Any) -> Any:
+            first = (first_row.registers.item(), first_group.registers.item())
+            return unsigned.subtract_zero_points(total, sums, scales, rest[0] if rest else None, *first, shape)
+
+        return emit(total, activation_sums, first_row, first_group, *channels)
+
+    def unscaled(self, total: Any) -> Any:
+        """The finished totals."""
+        emit = plgpu.inline_mgpu(arg_types=(_ACCUMULATOR,), return_type=self.total_type)
+        return emit(lambda ctx, total: unsigned.unscaled(total))(total)

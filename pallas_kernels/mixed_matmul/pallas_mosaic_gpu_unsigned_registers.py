@@ -1,0 +1,223 @@
+"""Register-level parts of the Hopper kernel on unsigned operands: codes, dot, scale one group, zero points of a block.
+
+Layouts as in pallas_mosaic_gpu_registers.py; the arithmetic is explained in pallas_mosaic_gpu_unsigned.py.
+"""
+
+# mypy: disable-error-code="arg-type,call-arg,attr-defined"
+# The stubs of MLIR's Python bindings know only the raw builders, not the conveniences around them.
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import math as mlir_math
+
+from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_registers as registers
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_registers import (
+    element,
+    f32_constant,
+    i32_constant,
+    lane_position,
+    load,
+)
+
+TOTAL_SCALE = 2.0**-38
+"""Of the totals: a dot's bits are the float dot * 2**-149, and a float16 scale times 2**111 is still a float32."""
+
+SIGN_OFFSET = 128
+"""What an unsigned activation, or an unsigned 8-bit code, has more than the signed one."""
+
+
+def unpack_codes4(packed: fa.FragmentedArray) -> fa.FragmentedArray:
+    """Codes 0..15 as bytes, `[64, group_size]`, from packed bytes `[64, group_size // 2]`."""
+    words = registers.registers_as_i32(packed)
+    halves = [np.empty(words.shape, dtype=object) for _ in range(2)]
+    for index, word in np.ndenumerate(words):
+        for half, shift in zip(halves, (0, 4), strict=True):
+            nibbles = arith.shrui(word, i32_constant(shift)) if shift else word
+            half[index] = arith.andi(nibbles, i32_constant(0x0F0F0F0F))
+    return registers.as_int8(np.concatenate(halves, axis=1))
+
+
+def offset_codes8(codes: fa.FragmentedArray) -> fa.FragmentedArray:
+    """int8 codes plus 128, as unsigned bytes."""
+    words = registers.registers_as_i32(codes)
+    for index, word in np.ndenumerate(words):
+        words[index] = arith.xori(word, i32_constant(0x80808080))
+    return registers.as_int8(words)
+
+
+def issue_dot(codes: fa.FragmentedArray, activations: ir.Value, tokens: int) -> fa.FragmentedArray:
+    """Start the dot of one group, `[64, K] x [tokens, K]` of unsigned bytes; one commit group.
+
+    Its first instruction writes its accumulator without reading it, so that it needs no start value and the assembler
+    may start it early, in other registers, while the former dot is scaled.
+    """
+    i32 = ir.IntegerType.get_signless(32)
+    words = list(registers.registers_as_i32(codes).flat)
+    num_sums, steps = tokens // 2, len(words) // 4
+    descriptor = num_sums + len(words)
+    outputs = ", ".join(f"${index}" for index in range(num_sums))
+    lines = [".reg .pred first, next;", f".reg .b64 d<{steps}>;", "setp.ne.b32 first, 0, 0;", "setp.eq.b32 next, 0, 0;"]
+    lines.append("wgmma.fence.sync.aligned;")
+    for step in range(steps):
+        left = ", ".join(f"${num_sums + 4 * step + index}" for index in range(4))
+        adds = "next" if step else "first"
+        lines.append(f"add.s64 d{step}, ${descriptor}, {2 * step};")  # 32 bytes on, in units of 16
+        lines.append(
+            f"wgmma.mma_async.sync.aligned.m64n{tokens}k32.s32.u8.u8 {{{outputs}}}, {{{left}}}, d{step}, {adds};"
+        )
+    lines.append("wgmma.commit_group.sync.aligned;")
+    result = llvm.inline_asm(
+        llvm.StructType.get_literal([i32] * num_sums),
+        [*words, registers.descriptor(activations, 32 * steps)],
+        "{ " + " ".join(lines) + " }",
+        ",".join(["=r"] * num_sums + ["r"] * len(words) + ["l"]),
+        has_side_effects=True,
+    )
+    return _accumulator(result, i32, tokens, is_signed=True)
+
+
+def load_channel_scales(scales: ir.Value, sums: ir.Value, first: ir.Value) -> list[Any]:
+    """The thread's two channels' (2**111 scale, -128 TOTAL_SCALE scale * sum of the codes).
+
+    Args:
+        scales: float16, those of the warpgroup's 64 channels at `[first : first + 64]`.
+        sums: uint16, sums of the unsigned codes, likewise.
+        first: Where they start.
+    """
+    f32 = ir.F32Type.get()
+    channel = arith.addi(first, lane_position()[0])
+    pairs = []
+    for half in range(2):
+        place = arith.addi(channel, i32_constant(8 * half))
+        scale = arith.extf(f32, load(scales, place, ir.F16Type.get()))
+        total = arith.uitofp(f32, load(sums, place, ir.IntegerType.get_signless(16)))
+        offset = arith.mulf(arith.mulf(scale, f32_constant(-SIGN_OFFSET * TOTAL_SCALE)), total)
+        pairs.append((arith.mulf(scale, f32_constant(TOTAL_SCALE * 2.0**149)), offset))
+    return pairs
+
+
+def add_scaled(
+    total: fa.FragmentedArray,
+    dot: fa.FragmentedArray,
+    channel_scales: list[Any],
+    token_scales: ir.Value,
+    first_token: ir.Value,
+    *,
+    pairs: bool,
+) -> fa.FragmentedArray:
+    """`total + (dot as a denormal float * scale + offset) * token scale`, two fused multiply-adds an element.
+
+    `token_scales` is float32, those of the tile at `first_token` on; `pairs` promises that this is even.
+    """
+    f32 = ir.F32Type.get()
+    new = np.empty(total.registers.shape, dtype=object)
+    for block in range(total.registers.size // 4):
+        # Loaded where they are used: the assembler then finds registers for them.
+        of_tokens = registers.load_token_scales(
+            token_scales, arith.addi(first_token, i32_constant(8 * block)), 8, pairs=pairs
+        )
+        for half, lane in itertools.product(range(2), range(2)):
+            index = 4 * block + 2 * half + lane
+            bits = arith.bitcast(f32, element(dot.registers.flat[index]))
+            weighted = mlir_math.fma(bits, *channel_scales[half])
+            sum_ = mlir_math.fma(weighted, of_tokens[lane], element(total.registers.flat[index]))
+            new.flat[index] = vector.broadcast(ir.VectorType.get((1,), f32), sum_)
+    return fa.FragmentedArray(_registers=new, _layout=total.layout, _is_signed=None)
+
+
+def subtract_zero_points(
+    total: fa.FragmentedArray,
+    activation_sums: ir.Value,
+    scales: ir.Value,
+    zero_points: ir.Value | None,
+    first_row: ir.Value,
+    first_group: ir.Value,
+    shape: tuple[int, int],
+) -> fa.FragmentedArray:
+    """Take `scale * zero point * (activation sum * token scale)` of 32 groups off the totals; waits for it.
+
+    A product `[64, 32] x [32, tokens]` of two factors in two bfloat16 terms each, of which three products count.
+
+    Args:
+        total: Float32 `[64, tokens]`, times `TOTAL_SCALE`.
+        activation_sums: bfloat16 as bytes `[tokens, 128]` in shared memory: for the 32 groups the upper term, then the
+            lower term. Zero where there is no group.
+        scales: float16, flat `[groups * rows]`, in global memory.
+        zero_points: uint8 likewise, or None where all are `SIGN_OFFSET`.
+        first_row: The warpgroup's first row; rows beyond the last take the last one's values.
+        first_group: First of the 32 groups.
+        shape: Groups and rows of `scales`.
+    """
+    f32 = ir.F32Type.get()
+    groups, rows = shape
+    channel, pair = lane_position()
+    left: dict[tuple[int, int, int], ir.Value] = {}  # by term, step of 16 groups, register
+    for half, step, upper in itertools.product(range(2), range(2), range(2)):
+        row = arith.minsi(arith.addi(first_row, arith.addi(channel, i32_constant(8 * half))), i32_constant(rows - 1))
+        values = []
+        for one in range(2):
+            group = arith.addi(first_group, arith.addi(pair, i32_constant(16 * step + 8 * upper + one)))
+            place = arith.addi(arith.muli(arith.minsi(group, i32_constant(groups - 1)), i32_constant(rows)), row)
+            scale = arith.extf(f32, load(scales, place, ir.F16Type.get()))
+            if zero_points is None:
+                values.append(arith.mulf(scale, f32_constant(-SIGN_OFFSET * TOTAL_SCALE)))
+                continue
+            zero_point = arith.uitofp(f32, load(zero_points, place, ir.IntegerType.get_signless(8)))
+            values.append(arith.mulf(arith.mulf(scale, f32_constant(-TOTAL_SCALE)), zero_point))
+        word = _bfloat16_pair(values)
+        rounded = [arith.shli(word, i32_constant(16)), arith.andi(word, i32_constant(0xFFFF0000))]
+        rest = [arith.subf(value, arith.bitcast(f32, bits)) for value, bits in zip(values, rounded, strict=True)]
+        left[0, step, 2 * upper + half], left[1, step, 2 * upper + half] = word, _bfloat16_pair(rest)
+    sums = [element(register) for register in total.registers.flat]
+    keys = list(itertools.product(range(2), range(2), range(4)))
+    num_sums, tokens = len(sums), total.shape[1]
+    outputs = ", ".join(f"${index}" for index in range(num_sums))
+    lines = [".reg .pred add;", ".reg .b64 d<4>;", "setp.eq.b32 add, 0, 0;", "wgmma.fence.sync.aligned;"]
+    lines += [f"add.s64 d{step}, ${2 * num_sums + len(keys)}, {2 * step};" for step in range(4)]
+    for (term, right_term), step in itertools.product(((0, 0), (0, 1), (1, 0)), range(2)):
+        words = ", ".join(f"${2 * num_sums + keys.index((term, step, index))}" for index in range(4))
+        lines.append(
+            f"wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.bf16.bf16 "
+            f"{{{outputs}}}, {{{words}}}, d{2 * right_term + step}, add, 1, 1, 0;"
+        )
+    lines += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"]
+    result = llvm.inline_asm(
+        llvm.StructType.get_literal([f32] * num_sums),
+        [*sums, *(left[key] for key in keys), registers.descriptor(activation_sums, 128)],
+        "{ " + " ".join(lines) + " }",
+        ",".join(["=f"] * num_sums + [str(index) for index in range(num_sums)] + ["r"] * len(keys) + ["l"]),
+        has_side_effects=True,
+    )
+    return fa.optimization_barrier(_accumulator(result, f32, tokens, is_signed=None))
+
+
+def unscaled(total: fa.FragmentedArray) -> fa.FragmentedArray:
+    """The totals without `TOTAL_SCALE`."""
+    f32 = ir.F32Type.get()
+    new = np.empty(total.registers.shape, dtype=object)
+    for index, register in np.ndenumerate(total.registers):
+        value = arith.mulf(element(register), f32_constant(1 / TOTAL_SCALE))
+        new[index] = vector.broadcast(ir.VectorType.get((1,), f32), value)
+    return fa.FragmentedArray(_registers=new, _layout=total.layout, _is_signed=None)
+
+
+def _bfloat16_pair(values: list[ir.Value]) -> ir.Value:
+    """Two floats, rounded to nearest, in one word; the first one in its lower half."""
+    return utils.inline_ptx("cvt.rn.bf16x2.f32 $0, $2, $1;", *values, result_types=ir.IntegerType.get_signless(32))
+
+
+def _accumulator(result: Any, dtype: ir.Type, tokens: int, *, is_signed: bool | None) -> fa.FragmentedArray:
+    """A fragment `[64, tokens]` from what an instruction sequence returned."""
+    like = registers.zero_total(tokens)
+    words = np.empty(like.registers.shape, dtype=object)
+    for index in range(words.size):
+        value = llvm.extractvalue(dtype, result, [index])
+        words.flat[index] = vector.broadcast(ir.VectorType.get((1,), dtype), value)
+    return fa.FragmentedArray(_registers=words, _layout=like.layout, _is_signed=is_signed)
