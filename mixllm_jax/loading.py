@@ -18,9 +18,11 @@ from mixllm_jax.checkpoint import CheckpointReader
 from mixllm_jax.device import require_kernels
 from mixllm_jax.errors import CheckpointError, OptionError
 from mixllm_jax.generation import Engine, IncrementalDetokenizer, PromptCache, SamplingSettings
+from mixllm_jax.models.common_shapes import with_common_shape
 from mixllm_jax.models.config import ModelConfig
 from mixllm_jax.models.decoder import Decoder
 from mixllm_jax.models.parameters import Execution
+from pallas_kernels.packing import PackedWeight
 
 Message = dict[str, str]
 """One turn of a conversation: `{"role": "system" | "user" | "assistant", "content": TEXT}`."""
@@ -108,7 +110,11 @@ def _next_part(parts: Iterator[tuple[str, Any]], wanted: str) -> Any:
     name, part = next(parts)
     if name != wanted:
         raise AssertionError(f"the decoder asked for part {wanted!r} where {name!r} comes next")
-    return part
+    if jax.default_backend() == "cpu":  # XLA compiles nothing for a layer's number of 8-bit channels that takes long
+        return part
+    return {
+        path: with_common_shape(value) if isinstance(value, PackedWeight) else value for path, value in part.items()
+    }
 
 
 @dataclasses.dataclass(frozen=True)
