@@ -21,6 +21,8 @@ from pallas_kernels.triton_common import (
 
 MAX_FEATURES = 2**16
 """Longest row: 64 elements for each of 1024 threads."""
+_ELEMENTS_OF_A_WARP = 256
+"""Eight a thread: of 4, 8, 16 and 32 warps for rows of 4096, 16 were the fastest on an H100 for 1 to 2048 tokens."""
 
 
 def rms_norm_quantize(
@@ -50,7 +52,9 @@ def rms_norm_quantize(
         ),
         grid=(tokens,),
         out_shape=out_shape,
-        compiler_params=plgpu.CompilerParams(num_warps=min(32, max(4, next_power_of_2(features) // 512)), num_stages=1),
+        compiler_params=plgpu.CompilerParams(
+            num_warps=min(32, max(4, next_power_of_2(features) // _ELEMENTS_OF_A_WARP)), num_stages=1
+        ),
         interpret=interpret,
         name="rms_norm_quantize",
     )(inputs)
