@@ -1,11 +1,14 @@
-"""Triton kernels of the decode step of attention: flash decoding, split over the cached positions.
+"""Triton kernel of the decode step of attention: flash decoding, split over the cached positions.
 
 Grid (splits, kv_heads, batch). A program holds the query heads of one kv head (grouped-query attention: the cache is
 read once for all of them) and walks over its share of the row's cached positions with an online softmax. The share
 follows from the row's length at run time, so that the splits are balanced however full the cache is. The new token's
 key and value come from the projection, not from the cache, so no program waits for another: split 0 adds them to its
-sum and stores them. The partial results of the splits are combined by a second, small kernel, which can quantise its
-output for the next linear.
+sum and stores them.
+
+The programs of a row and kv head count themselves as they finish, and the last one combines the partial results of
+all: at batch 1, a second kernel for that would take nearly as long as the first. The result can be quantised for the
+next linear on the way out.
 
 The two halves of a head are separate operands throughout, since the rotary embedding pairs channel i with
 i + head_dim / 2: half-size dots need no concatenation.
@@ -25,15 +28,11 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import registry
 from pallas_kernels.activations import QuantizedActivations
+from pallas_kernels.decode_attention.triton_output import NOTHING, Output, Shape, next_power_of_two
 from pallas_kernels.kv_cache import LayerCache
 from pallas_kernels.quantize_activations import pallas_triton as quantize_triton
 from pallas_kernels.triton_common import clear_counters, counters_shape
 from pallas_kernels.triton_primitives import round_to_int8
-
-_MASKED = -1e30
-"""Score of a slot that a query does not see; finite, so that differences of maxima are never NaN."""
-_SMALLEST_DOT = 16
-"""Least size of any side of a Triton dot."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,37 +60,14 @@ def default_config(batch: int, kv_heads: int, max_length: int) -> Config:
     """Enough splits to fill the device, none smaller than a block of a full row."""
     block = 32 if max_length <= 1024 else 64
     wanted = round(math.log2(max(1.0, _TARGET_PROGRAMS / (batch * kv_heads))))
-    return Config(min(1 << wanted, _next_power_of_two(pl.cdiv(max_length, block)), 64), block)
+    return Config(min(1 << wanted, next_power_of_two(pl.cdiv(max_length, block)), 64), block)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Shape:
-    """Static sizes of a call."""
-
-    heads_per_kv: int
-    kv_heads: int
-    head_dim: int
-    max_length: int
-    window: int | None
-
-    @property
-    def rows(self) -> int:
-        """Query heads of a program, padded for the dot."""
-        return max(_SMALLEST_DOT, _next_power_of_two(self.heads_per_kv))
-
-    @property
-    def half(self) -> int:
-        """Half a head, padded for the dot."""
-        return max(_SMALLEST_DOT, _next_power_of_two(self.head_dim // 2))
-
-
-def _next_power_of_two(value: int) -> int:
-    return 1 << (value - 1).bit_length()
-
-
-def _split_kernel(refs: dict[str, Any], *, shape: _Shape, config: Config, quantized: bool) -> None:
+def _kernel(refs: dict[str, Any], *, shape: Shape, config: Config, quantized: bool, group_size: int | None) -> None:
     """One split of one kv head of one row; `refs` as named in `decode_attention`."""
     split, kv_head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    if "counters" in refs:
+        clear_counters([refs["counters"]], (split == 0) & (kv_head == 0) & (row == 0))
     head_dim, half_dim = shape.head_dim, shape.head_dim // 2
     qkv = refs["qkv"]
     dtype = qkv.dtype
@@ -133,7 +109,7 @@ def _split_kernel(refs: dict[str, Any], *, shape: _Shape, config: Config, quanti
     scale = math.log2(math.e) / math.sqrt(head_dim)
     products = query_first.astype(jnp.float32) * key_first + query_second.astype(jnp.float32) * key_second
     own = (split == 0).astype(jnp.float32)
-    maximum = jnp.sum(products, axis=1) * (own * scale) + (1.0 - own) * _MASKED
+    maximum = jnp.sum(products, axis=1) * (own * scale) + (1.0 - own) * NOTHING
     total = jnp.full((shape.rows,), 0.0, jnp.float32) + own
     share = jnp.full((shape.rows, 1), 0.0, jnp.float32) + own
     mixed_first, mixed_second = share * value_first[None, :], share * value_second[None, :]
@@ -172,7 +148,7 @@ def _split_kernel(refs: dict[str, Any], *, shape: _Shape, config: Config, quanti
             scores *= (key_scale * scale)[None, :]
         else:
             scores *= scale
-        scores = jnp.where(slot_exists[None, :], scores, _MASKED)
+        scores = jnp.where(slot_exists[None, :], scores, NOTHING)
         new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=1))
         weights = jnp.exp2(scores - new_maximum[:, None])
         rescale = jnp.exp2(maximum - new_maximum)
@@ -190,18 +166,11 @@ def _split_kernel(refs: dict[str, Any], *, shape: _Shape, config: Config, quanti
         0, steps, add_block, (maximum, total, mixed_first, mixed_second)
     )
 
+    output = Output(refs, row, kv_head, shape, group_size)
     if config.splits == 1:
-        out = refs["out"]
-        rows = kv_head * shape.heads_per_kv + head[:, None]
-        for offset, mixed in ((0, mixed_first), (half_dim, mixed_second)):
-            normalised = (mixed / total[:, None]).astype(out.dtype)
-            plgpu.store(out.at[row, rows, offset + channel[None, :]], normalised, mask=heads_mask)
-        return
-    rows = kv_head * shape.heads_per_kv + head
-    for offset, mixed in ((0, mixed_first), (half_dim, mixed_second)):
-        plgpu.store(refs["partial"].at[row, rows[:, None], split, offset + channel[None, :]], mixed, mask=heads_mask)
-    plgpu.store(refs["maxima"].at[row, rows, split], maximum, mask=head_exists)
-    plgpu.store(refs["totals"].at[row, rows, split], total, mask=head_exists)
+        output.store([mixed_first / total[:, None], mixed_second / total[:, None]])
+    else:
+        output.combine(split, config.splits, [mixed_first, mixed_second], maximum, total)
 
 
 def _store_new(
@@ -232,74 +201,6 @@ def _store_new(
     return first, second
 
 
-def _combine_kernel(
-    partial: Any,
-    maxima: Any,
-    totals: Any,
-    out: Any,
-    scales: Any = None,
-    *counters: Any,
-    splits: int,
-    group: int,
-    groups: int,
-) -> None:
-    """Weighs the splits by their share of the softmax; grid (channels / (group * groups), batch).
-
-    A program makes `groups` groups of `group` output channels: with `scales`, they are quantised to int8 on the way
-    out, each with a scale of its own.
-    """
-    first, row = pl.program_id(0) * groups, pl.program_id(1)
-    clear_counters(counters, (first == 0) & (row == 0))
-    head_dim = partial.shape[-1]
-    index = jnp.arange(_next_power_of_two(groups))
-    member = jnp.arange(_next_power_of_two(group))
-    exists = (index < groups)[:, None] & (member < group)[None, :]
-    channel = (first + index)[:, None] * group + member[None, :]
-    head, split = (channel // head_dim)[None], jnp.arange(splits)[:, None, None]
-    mask = exists[None] & (split >= 0)
-    maximum = plgpu.load(maxima.at[row, head, split], mask=mask, other=_MASKED)
-    share = jnp.exp2(maximum - jnp.max(maximum, axis=0)[None])
-    total = jnp.sum(share * plgpu.load(totals.at[row, head, split], mask=mask, other=1.0), axis=0)
-    mixed = plgpu.load(partial.at[row, head, split, (channel % head_dim)[None]], mask=mask, other=0.0)
-    combined = jnp.sum(mixed * share, axis=0) / total
-    if scales is not None:
-        scale = jnp.max(jnp.abs(combined), axis=1) / 127.0
-        inverse = jnp.where(scale > 0, 1.0 / scale, 0.0)
-        combined = round_to_int8(combined * inverse[:, None])
-        plgpu.store(scales.at[first + index, row], scale, mask=index < groups)
-    plgpu.store(out.at[row, channel], combined.astype(out.dtype), mask=exists)
-
-
-def _combine(
-    partial: jax.Array,
-    maxima: jax.Array,
-    totals: jax.Array,
-    dtype: jax.typing.DTypeLike,
-    group_size: int | None,
-    interpret: bool,
-) -> jax.Array | QuantizedActivations:
-    batch, heads, splits, head_dim = partial.shape
-    channels = heads * head_dim
-    group = group_size or head_dim
-    # A program loads whole heads where groups are smaller than one.
-    groups = max(1, head_dim // group)
-    out = jax.ShapeDtypeStruct((batch, channels), jnp.int8 if group_size else dtype)
-    scales = jax.ShapeDtypeStruct((channels // group, batch), jnp.float32)
-
-    results = pl.pallas_call(
-        functools.partial(_combine_kernel, splits=splits, group=group, groups=groups),
-        out_shape=(out, scales, *counters_shape(batch)) if group_size else (out,),
-        grid=(channels // (group * groups), batch),
-        compiler_params=plgpu.CompilerParams(num_warps=4),
-        interpret=interpret,
-        name="decode_attention_combine",
-    )(partial, maxima, totals)
-    if not group_size:
-        return results[0]
-    codes, activation_scales, *counters = results
-    return QuantizedActivations(codes, activation_scales, group_size, *counters)
-
-
 def decode_attention(
     qkv: jax.Array,
     cos: jax.Array,
@@ -317,26 +218,33 @@ def decode_attention(
     _, max_length, kv_heads, _ = cache.keys.shape
     heads = channels - 2 * kv_heads
     config = config or default_config(batch, kv_heads, max_length)
-    shape = _Shape(heads // kv_heads, kv_heads, head_dim, max_length, window)
+    shape = Shape(heads // kv_heads, kv_heads, head_dim, max_length, window)
+
+    fused_group_size = quantize_group_size if quantize_group_size and shape.quantizes(quantize_group_size) else None
 
     caches = {"keys": cache.keys, "values": cache.values}
     if cache.quantized:
         caches |= {"key_scales": cache.key_scales, "value_scales": cache.value_scales}
     inputs = {"qkv": qkv, "cos": cos, "sin": sin, "positions": positions} | caches
     outputs = {f"new_{name}": jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in caches.items()}
-    if config.splits == 1:
-        outputs["out"] = jax.ShapeDtypeStruct((batch, heads, head_dim), qkv.dtype)
-    else:
+    outputs["out"] = jax.ShapeDtypeStruct((batch, heads * head_dim), jnp.int8 if fused_group_size else qkv.dtype)
+    if fused_group_size:
+        outputs["scales"] = jax.ShapeDtypeStruct((heads * head_dim // fused_group_size, batch), jnp.float32)
+        if counters := counters_shape(batch):
+            [outputs["counters"]] = counters
+    first_cache = len(inputs) - len(caches)
+    if config.splits > 1:
+        # Every call leaves the zeros as it found them, so that all layers of a step share them, and no launch clears
+        # some for each.
+        inputs["finished"] = jnp.zeros((batch, kv_heads), jnp.int32)
         outputs["partial"] = jax.ShapeDtypeStruct((batch, heads, config.splits, head_dim), jnp.float32)
-        outputs["maxima"] = jax.ShapeDtypeStruct((batch, heads, config.splits), jnp.float32)
-        outputs["totals"] = jax.ShapeDtypeStruct((batch, heads, config.splits), jnp.float32)
-
+        outputs["log_totals"] = jax.ShapeDtypeStruct((batch, heads, config.splits), jnp.float32)
     names = [*inputs, *outputs]
 
     def kernel(*refs: Any) -> None:
-        _split_kernel(dict(zip(names, refs, strict=True)), shape=shape, config=config, quantized=cache.quantized)
+        named = dict(zip(names, refs, strict=True))
+        _kernel(named, shape=shape, config=config, quantized=cache.quantized, group_size=fused_group_size)
 
-    first_cache = len(inputs) - len(caches)
     results = pl.pallas_call(
         kernel,
         out_shape=tuple(outputs.values()),
@@ -348,13 +256,13 @@ def decode_attention(
     )(*inputs.values())
     named = dict(zip(outputs, results, strict=True))
     new_cache = LayerCache(**{name: named[f"new_{name}"] for name in caches})
-    if config.splits == 1:
-        mixed = named["out"].reshape(batch, heads * head_dim)
-        if quantize_group_size is None:
-            return mixed, new_cache
-        return quantize_triton.quantize_activations(mixed, group_size=quantize_group_size), new_cache
-    partial = named["partial"], named["maxima"], named["totals"]
-    return _combine(*partial, qkv.dtype, quantize_group_size, interpret), new_cache
+    out = named["out"]
+    if fused_group_size:
+        return QuantizedActivations(out, named["scales"], fused_group_size, named.get("counters")), new_cache
+    if quantize_group_size:
+        quantize = functools.partial(quantize_triton.quantize_activations, interpret=interpret)
+        return quantize(out, group_size=quantize_group_size), new_cache
+    return out, new_cache
 
 
 def refuses(
