@@ -28,17 +28,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.activations import QuantizedActivations
 from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_unsigned_registers as unsigned
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import ACCUMULATOR, SCALAR, Emitted, Index, Ref, swizzled
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import CHANNELS_PER_WARPGROUP
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_kernel import (
-    _ACCUMULATOR,
-    _SCALAR,
-    Index,
-    Ref,
-    _Emitted,
-    _Kernel,
-    _swizzled,
-    _Tile,
-)
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_kernel import _Kernel, _Tile
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_registers import load_codes, wait_dot
 from pallas_kernels.mixed_matmul.unsigned_operands import GROUPS_OF_BLOCK, unsigned_activations
 from pallas_kernels.packing import PackedWeight
@@ -96,14 +88,13 @@ class UnsignedKernel(_Kernel):
         rings = super().scratch()
         rings.pop("zero_point_ring", None)
         sums = max(self.channel_scales(is8).copied for is8 in (False, True))
-        swizzled = _swizzled(self.group_size)
         return rings | {
             "activation_ring": plgpu.SMEM(
-                (self.stages, c.tile_tokens, self.group_size), jnp.uint8, transforms=swizzled
+                (self.stages, c.tile_tokens, self.group_size), jnp.uint8, transforms=swizzled(self.group_size)
             ),
             "code_sum_ring": plgpu.SMEM((self.stages, sums), jnp.uint16),
             "full": plgpu.Barrier(num_arrivals=5, num_barriers=self.stages),
-            "activation_sums": plgpu.SMEM((c.tile_tokens, SUMS_BYTES), jnp.uint8, transforms=_swizzled(SUMS_BYTES)),
+            "activation_sums": plgpu.SMEM((c.tile_tokens, SUMS_BYTES), jnp.uint8, transforms=swizzled(SUMS_BYTES)),
             "sums_full": plgpu.Barrier(num_arrivals=1),
             "sums_empty": plgpu.Barrier(num_arrivals=c.compute_warpgroups),
         }
@@ -207,14 +198,14 @@ class UnsignedKernel(_Kernel):
 
 
 @dataclasses.dataclass(frozen=True)
-class _UnsignedEmitted(_Emitted):
+class _UnsignedEmitted(Emitted):
     """The register-level pieces of one tile, as calls from Pallas."""
 
     def load_codes(self, codes: Ref) -> Any:
         """Codes of a stage, ready for the dot."""
         row_bytes = self.group_size if self.is8 else self.group_size // 2
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(_swizzled(row_bytes)),), return_type=self.codes_type)
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(swizzled(row_bytes)),), return_type=self.codes_type)
         def emit(ctx: Any, codes: Any) -> Any:
             if self.is8:
                 return unsigned.offset_codes8(load_codes(codes, row_bytes, is_signed=True))
@@ -224,7 +215,7 @@ class _UnsignedEmitted(_Emitted):
 
     def start(self, codes: Any, activations: Ref) -> Any:
         """Start the dot of a group."""
-        arg_types = (plgpu.Layout.WGMMA_8BIT, plgpu.RefType(_swizzled(self.group_size)))
+        arg_types = (plgpu.Layout.WGMMA_8BIT, plgpu.RefType(swizzled(self.group_size)))
 
         @plgpu.inline_mgpu(arg_types=arg_types, return_type=self.accumulator_type)
         def emit(ctx: Any, codes: Any, activations: Any) -> Any:
@@ -236,7 +227,7 @@ class _UnsignedEmitted(_Emitted):
         self, dot: Any, codes: Any, total: Any, scales: list[Ref], first_channel: Index, first_token: Index
     ) -> Any:
         """Wait for a dot and add it; `scales` are those of the channels, the sums of their codes, and the tokens'."""
-        arg_types = (_ACCUMULATOR, plgpu.Layout.WGMMA_8BIT, _ACCUMULATOR, *[plgpu.RefType()] * 3, _SCALAR, _SCALAR)
+        arg_types = (ACCUMULATOR, plgpu.Layout.WGMMA_8BIT, ACCUMULATOR, *[plgpu.RefType()] * 3, SCALAR, SCALAR)
 
         @plgpu.inline_mgpu(arg_types=arg_types, return_type=self.total_type)
         def emit(ctx: Any, dot: Any, codes: Any, total: Any, *rest: Any) -> Any:
@@ -258,7 +249,7 @@ class _UnsignedEmitted(_Emitted):
         shape: tuple[int, int],
     ) -> Any:
         """Take the zero points of 32 groups off; `channels` are scales, and zero points where they differ."""
-        types = (_ACCUMULATOR, plgpu.RefType(_swizzled(SUMS_BYTES)), _SCALAR, _SCALAR)
+        types = (ACCUMULATOR, plgpu.RefType(swizzled(SUMS_BYTES)), SCALAR, SCALAR)
 
         @plgpu.inline_mgpu(arg_types=(*types, *[plgpu.RefType()] * len(channels)), return_type=self.total_type)
         def emit(ctx: Any, total: Any, sums: Any, first_row: Any, first_group: Any, scales: Any, *rest: Any) -> Any:
@@ -269,5 +260,5 @@ class _UnsignedEmitted(_Emitted):
 
     def unscaled(self, total: Any) -> Any:
         """The finished totals."""
-        emit = plgpu.inline_mgpu(arg_types=(_ACCUMULATOR,), return_type=self.total_type)
+        emit = plgpu.inline_mgpu(arg_types=(ACCUMULATOR,), return_type=self.total_type)
         return emit(lambda ctx, total: unsigned.unscaled(total))(total)
