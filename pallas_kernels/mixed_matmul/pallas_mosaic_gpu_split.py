@@ -22,8 +22,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.activations import QuantizedActivations
 from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_split_output as output
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import Emitted, Slice, swizzled
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import CHANNELS_PER_WARPGROUP
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_kernel import _Emitted, _Slice, _swizzled
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_config import MosaicGpuSplitConfig
 from pallas_kernels.mixed_matmul.triton_tiles import problem_of
 from pallas_kernels.packing import PackedWeight
@@ -122,15 +122,15 @@ class _Kernel:
         return (self.tiles4 + self.tiles8) * self.token_tiles
 
     @property
-    def token_scales(self) -> _Slice:
-        return _Slice(self.tokens, self.config.tile_tokens, 4)
+    def token_scales(self) -> Slice:
+        return Slice(self.tokens, self.config.tile_tokens, 4)
 
-    def channel_scales(self, is8: bool) -> _Slice:
-        return _Slice(self.n8 if is8 else self.n4, CHANNELS_PER_WARPGROUP, 2)
+    def channel_scales(self, is8: bool) -> Slice:
+        return Slice(self.n8 if is8 else self.n4, CHANNELS_PER_WARPGROUP, 2)
 
     @property
-    def zero_points(self) -> _Slice:
-        return _Slice(self.n4, CHANNELS_PER_WARPGROUP, 1)
+    def zero_points(self) -> Slice:
+        return Slice(self.n4, CHANNELS_PER_WARPGROUP, 1)
 
     @property
     def runs(self) -> int:
@@ -146,7 +146,7 @@ class _Kernel:
         c, size = self.config, self.group_size
         channel_scales = max(self.channel_scales(is8).copied for is8 in (False, True))
         rings: dict[str, Any] = {
-            "activation_ring": plgpu.SMEM((c.stages, c.tile_tokens, size), jnp.int8, transforms=_swizzled(size)),
+            "activation_ring": plgpu.SMEM((c.stages, c.tile_tokens, size), jnp.int8, transforms=swizzled(size)),
             "token_scale_ring": plgpu.SMEM((c.stages, self.token_scales.copied), jnp.float32),
             "channel_scale_ring": plgpu.SMEM((c.stages, channel_scales), jnp.float16),
             "full": plgpu.Barrier(num_arrivals=5 if self.n4 else 4, num_barriers=c.stages),
@@ -154,9 +154,9 @@ class _Kernel:
         }
         both = bool(self.n4 and self.n8)
         ring4 = plgpu.SMEM(
-            (c.stages, 2 if both else 1, CHANNELS_PER_WARPGROUP, size // 2), jnp.uint8, transforms=_swizzled(size // 2)
+            (c.stages, 2 if both else 1, CHANNELS_PER_WARPGROUP, size // 2), jnp.uint8, transforms=swizzled(size // 2)
         )
-        ring8 = plgpu.SMEM((c.stages, CHANNELS_PER_WARPGROUP, size), jnp.int8, transforms=_swizzled(size))
+        ring8 = plgpu.SMEM((c.stages, CHANNELS_PER_WARPGROUP, size), jnp.int8, transforms=swizzled(size))
         if self.n4:
             rings["zero_point_ring"] = plgpu.SMEM((c.stages, self.zero_points.copied), jnp.uint8)
         rings["code_rings"] = plgpu.RefUnion(ring4, ring8) if both else ring4 if self.n4 else ring8
@@ -269,7 +269,7 @@ class _Kernel:
         tile: _Tile,
     ) -> None:
         c, is8 = self.config, tile.is8
-        emit = _Emitted(self.group_size, c.tile_tokens, is8, even_tokens=self.tokens % 2 == 0)
+        emit = Emitted(self.group_size, c.tile_tokens, is8, even_tokens=self.tokens % 2 == 0)
 
         def wait_and_load(group: Index, slot: Index) -> Any:
             plgpu.barrier_wait(scratch["full"].at[slot])
