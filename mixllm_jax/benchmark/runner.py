@@ -20,6 +20,9 @@ _PACKAGES = ("mixllm-jax", "jax", "jaxlib", "flax")
 def run_plans(plans: Sequence[Plan], results: Results, *, transformers_batches: Sequence[int] = ()) -> int:
     """Measures every plan; a plan that fails does not stop the others.
 
+    Quantised plans compile at the same time, most of which is Python on one core, and are measured one after another. A
+    float plan has the machine to itself, since the compiler times candidates for its products on the device.
+
     Args:
         plans: What to measure.
         results: Where it goes.
@@ -28,35 +31,65 @@ def run_plans(plans: Sequence[Plan], results: Results, *, transformers_batches: 
     Returns:
         How many processes ended with an error.
     """
-    failures = 0
-    for plan in plans:
-        print(f"{plan.model} {plan.scheme}", file=sys.stderr)
-        # XLA would launch kernel by kernel while it profiles, and show gaps that are not there otherwise.
-        flags = "--xla_enable_command_buffers_during_profiling=true" if plan.profile else ""
-        failures += _run(["-m", "mixllm_jax.benchmark.worker", plan.to_json()], results, flags)
+    alone = [plan for plan in plans if plan.scheme == "bf16"]
+    failures = sum(_run_at_once([plan], results) for plan in alone)
+    failures += _run_at_once([plan for plan in plans if plan not in alone], results)
     if transformers_batches:
         print("transformers bf16", file=sys.stderr)
         settings: dict[str, Any] = {"model": plans[0].model, "batches": list(transformers_batches)}
         if (bandwidth := results.header["read_bandwidth_tb_s"]) is not None:
             settings["read_bandwidth"] = 1e12 * bandwidth
-        failures += _run(["-m", "mixllm_jax.benchmark.transformers_baseline", json.dumps(settings)], results)
+        with _start(["-m", "mixllm_jax.benchmark.transformers_baseline", json.dumps(settings)]) as process:
+            _collect(process, results, until=None)
+        failures += process.returncode != 0
     return failures
 
 
-def _run(arguments: list[str], results: Results, xla_flags: str = "") -> bool:
-    # Nearly all of the memory: 70 billion parameters need it. JAX takes three quarters by default.
-    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.93"} | os.environ
+def _run_at_once(plans: Sequence[Plan], results: Results) -> int:
+    """Processes that compile at once and are then measured one after another; how many failed."""
+    processes = []
+    for plan in plans:
+        # XLA would launch kernel by kernel while it profiles, and show gaps that are not there otherwise.
+        flags = "--xla_enable_command_buffers_during_profiling=true" if plan.profile else ""
+        processes.append(_start(["-m", "mixllm_jax.benchmark.worker", plan.to_json()], flags))
+    try:
+        for process in processes:
+            _collect(process, results, until="compiled")
+        for plan, process in zip(plans, processes, strict=True):
+            print(f"{plan.model} {plan.scheme}", file=sys.stderr)
+            # Closing the pipe is the sign to begin; a process that has failed by now does not mind.
+            process.stdin.close()  # type: ignore[union-attr]
+            _collect(process, results, until=None)
+            process.wait()
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    return sum(process.returncode != 0 for process in processes)
+
+
+def _start(arguments: list[str], xla_flags: str = "") -> subprocess.Popen[str]:
+    # Memory as it is needed, up to nearly all, for 70 billion parameters. JAX by itself takes three quarters at once.
+    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.93", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
     environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {xla_flags}".strip()
-    with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            try:
-                ((kind, value),) = json.loads(line).items()
-            except (ValueError, AttributeError):
-                print(line, end="", file=sys.stderr)
-                continue
-            _store(kind, value, results)
-    return process.returncode != 0
+    return subprocess.Popen(
+        [sys.executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def _collect(process: subprocess.Popen[str], results: Results, *, until: str | None) -> None:
+    """Take what a process prints, to the line of kind `until` or the end."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        try:
+            ((kind, value),) = json.loads(line).items()
+        except (ValueError, AttributeError):
+            print(line, end="", file=sys.stderr)
+            continue
+        if kind == until:
+            return
+        _store(kind, value, results)
 
 
 def _store(kind: str, value: dict[str, Any], results: Results) -> None:

@@ -1,7 +1,8 @@
 """Measures one model in one scheme: `python -m mixllm_jax.benchmark.worker PLAN`, one line of JSON for each result.
 
 A process of its own, so that the peak of the device's memory is that of this model. All programs are compiled first, in
-parallel and before the weights are there; the compile cache hands those of the prefill to the engine later.
+parallel and before the weights are there; the compile cache hands those of the prefill to the engine later. Then it
+says `compiled` and waits for the end of its input before it uses the device.
 """
 
 from __future__ import annotations
@@ -232,14 +233,17 @@ def main() -> None:
     plan = Plan.from_json(sys.argv[1])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     began = time.monotonic()
-    bandwidth = roofline.read_bandwidth(2 << 30 if jax.default_backend() == "gpu" else 1 << 24)
-    emit("device", {"kind": jax.devices()[0].device_kind, "read_bandwidth_tb_s": round(bandwidth / 1e12, 3)})
     # The cheapest first, so that the peak of memory so far is that of the case.
     cases = sorted(((batch, context) for batch in plan.batches for context in plan.contexts), key=lambda c: c[0] * c[1])
     programs: dict[tuple[int, int], jax.stages.Compiled] = {}
     if plan.scheme != "stored":
         programs = compile_all(plan, cases)
-        note(f"  compiled after {time.monotonic() - began:.0f} s")
+        note(f"  {plan.scheme}: compiled after {time.monotonic() - began:.0f} s")
+    emit("compiled", {})
+    sys.stdin.read()  # the parent closes it when the device is ours
+    began = time.monotonic()
+    bandwidth = roofline.read_bandwidth(2 << 30 if jax.default_backend() == "gpu" else 1 << 24)
+    emit("device", {"kind": jax.devices()[0].device_kind, "read_bandwidth_tb_s": round(bandwidth / 1e12, 3)})
     bench = Bench(jax.block_until_ready(build_model(plan)), plan, programs)
     note(f"  weights there after {time.monotonic() - began:.0f} s")
 
