@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from kernel_cases import assemble, make_case, relative_error
 
+from pallas_kernels.activations import QuantizedActivations
 from pallas_kernels.mixed_matmul import configs, pallas_mosaic_gpu, pallas_mosaic_gpu_config
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MosaicGpuConfig
 from pallas_kernels.mixed_matmul.triton_few_tokens import FewTokensConfig
@@ -42,6 +43,33 @@ def test_settings_that_the_kernel_cannot_take_are_refused():
         MosaicGpuConfig(compute_warpgroups=3)
     with pytest.raises(ValueError, match="with unsigned operands parts must be 1"):
         MosaicGpuConfig(unsigned=True)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11 or later, and says so")
+@pytest.mark.parametrize(("tokens", "n", "k", "fits"), [(4096, 57344, 8192, True), (40000, 57344, 8192, False)])
+def test_arrays_of_too_many_elements_are_refused(
+    tokens: int, n: int, k: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """The limit is on each array that there is, such as those of gate and up of a 70B model."""
+    monkeypatch.setattr(pallas_mosaic_gpu.registry, "compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(pallas_mosaic_gpu.registry, "default_platform", lambda: "gpu")
+    groups = k // 128
+
+    def zeros(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+        return np.broadcast_to(np.zeros((), dtype), shape)
+
+    weight = PackedWeight(
+        codes4=zeros((groups, n, 64), np.uint8),
+        scales4=zeros((groups, n), np.float16),
+        zero_points4=zeros((groups, n), np.uint8),
+        codes8=zeros((groups, 0, 128), np.int8),
+        scales8=zeros((groups, 0), np.float16),
+        channel_order=np.arange(n, dtype=np.int32),
+        group_size=128,
+    )
+    activations = QuantizedActivations(zeros((tokens, k), np.int8), zeros((groups, tokens), np.float32), 128)
+    reason = pallas_mosaic_gpu.refuses(activations, weight, None, out_dtype=jnp.bfloat16)
+    assert reason is None if fits else "fewer than 2147483648 elements" in str(reason)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)

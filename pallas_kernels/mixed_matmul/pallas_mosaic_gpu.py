@@ -16,7 +16,8 @@ from pallas_kernels.mixed_matmul.triton_tiles import problem_of
 from pallas_kernels.packing import GROUP_SIZES, PackedWeight
 
 MAX_ELEMENTS = 2**31
-"""The copy engine and the kernel count elements in 32-bit integers."""
+"""The copy engine and the kernel count the elements of an array in 32-bit integers: of the weight, of the output, of the
+activations, which unsigned operands make wider."""
 
 
 def mixed_matmul(
@@ -64,7 +65,8 @@ def refuses(
         return "there is nothing to compute"
     if weight.group_size not in GROUP_SIZES:
         return f"it takes groups of {GROUP_SIZES}, not {weight.group_size}"
-    elements = max(activations.tokens, weight.out_features) * max(weight.in_features, weight.out_features)
+    tokens, in_features, out_features = activations.tokens, weight.in_features, weight.out_features
+    elements = max(out_features * in_features, 2 * tokens * in_features, tokens * out_features)
     if elements >= MAX_ELEMENTS:
         return f"it addresses arrays of fewer than {MAX_ELEMENTS} elements, and one here may have {elements}"
     return None
