@@ -16,8 +16,7 @@ from pallas_kernels.mixed_matmul.triton_tiles import problem_of
 from pallas_kernels.packing import GROUP_SIZES, PackedWeight
 
 MAX_ELEMENTS = 2**31
-"""The copy engine and the kernel count the elements of an array in 32-bit integers: of the weight, of the output, of the
-activations, which unsigned operands make wider."""
+"""The copy engine and the kernel count the elements of an array (weight, output, activations) in 32-bit integers."""
 
 
 def mixed_matmul(
