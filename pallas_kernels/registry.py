@@ -45,20 +45,26 @@ class Operation:
     def choose(self, implementation: str, *args: Any, **kwargs: Any) -> str:
         """Name of the implementation that will compute these arguments.
 
-        Where `auto` finds no kernel on a GPU that can, it takes the XLA reference and warns, with the reasons.
+        Where the kernel that should be fastest on a GPU cannot, `auto` takes the next one, and in the end the XLA
+        reference, and warns, with the reasons.
 
         Raises:
             ValueError: Unknown implementation.
             NotImplementedError: The implementation asked for cannot run; says why.
         """
         if implementation == "auto":
-            reasons = []
+            reasons: list[str] = []
             for name in self.prefer(*args, **kwargs) if default_platform() == "gpu" else ():
                 reason = self.implementations[name].refuses(*args, **kwargs)
                 if reason is None:
+                    if reasons:  # Python shows the same warning once
+                        warnings.warn(
+                            f"{self.name}: the {name} kernel runs, since a faster one cannot ({'; '.join(reasons)})",
+                            stacklevel=3,
+                        )
                     return name
                 reasons.append(f"{name}: {reason}")
-            if reasons:  # Python shows the same warning once
+            if reasons:
                 warnings.warn(
                     f"{self.name}: no kernel can run ({'; '.join(reasons)}), so the exact but slow XLA reference does",
                     stacklevel=3,

@@ -353,3 +353,20 @@ def test_auto_without_a_kernel_says_so(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(registry, "default_platform", lambda: "gpu")
     with pytest.warns(UserWarning, match="negate: no kernel can run .triton: the chip is too old"):
         assert operation.choose("auto", 1) == "xla"
+
+
+def test_auto_with_a_slower_kernel_says_so(monkeypatch: pytest.MonkeyPatch):
+    operation = registry.Operation(
+        name="negate",
+        implementations={
+            "fast": registry.Implementation(lambda x: -x, lambda x: "the array is too large" if x > 1 else None),
+            "slow": registry.Implementation(lambda x: -x, registry.never_refuses),
+        },
+        prefer=lambda x: ("fast", "slow"),
+    )
+    monkeypatch.setattr(registry, "default_platform", lambda: "gpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert operation.choose("auto", 1) == "fast"
+    with pytest.warns(UserWarning, match="negate: the slow kernel runs, .* cannot .fast: the array is too large"):
+        assert operation.choose("auto", 2) == "slow"

@@ -21,8 +21,11 @@ OUT_DTYPES = ("bfloat16", "float16", "float32")
 def _prefer(
     activations: QuantizedActivations, weight: PackedWeight, bias: jax.Array | None, **settings: object
 ) -> tuple[str, ...]:
-    """The GPU implementations, the one that measured faster on this device first."""
-    return configs.by_speed(problem_of(activations, weight), registry.device_kind())
+    """The GPU implementations that were written for this device, the one that measured faster on it first."""
+    by_speed = configs.by_speed(problem_of(activations, weight), registry.device_kind())
+    if registry.compute_capability() == pallas_mosaic_gpu.COMPUTE_CAPABILITY:
+        return by_speed
+    return tuple(name for name in by_speed if name != "mosaic_gpu")
 
 
 OPERATION = Operation(

@@ -15,6 +15,9 @@ from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_config import MosaicGpu
 from pallas_kernels.mixed_matmul.triton_tiles import problem_of
 from pallas_kernels.packing import GROUP_SIZES, PackedWeight
 
+COMPUTE_CAPABILITY = (9, 0)
+"""Of Hopper GPUs, whose `wgmma` other generations do not have."""
+
 MAX_ELEMENTS = 2**31
 """The copy engine and the kernel count the elements of an array (weight, output, activations) in 32-bit integers."""
 
@@ -58,7 +61,7 @@ def refuses(
     capability = registry.compute_capability()
     if registry.default_platform() != "gpu" or capability is None:
         return f"it needs an NVIDIA GPU, and JAX's default device is a {registry.default_platform()}"
-    if capability != (9, 0):
+    if capability != COMPUTE_CAPABILITY:
         return f"it is written for Hopper GPUs (compute capability 9.0), this GPU has {capability}"
     if 0 in (activations.tokens, weight.out_features):
         return "there is nothing to compute"
