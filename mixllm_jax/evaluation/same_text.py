@@ -137,14 +137,15 @@ def write(loaded: LoadedModel, length: int) -> list[Text]:
 def compare(loaded: LoadedModel, reference: list[Text]) -> Comparison:
     """This device's texts against the reference's."""
     found = greedy_tokens(loaded, max(len(text.tokens) for text in reference))
+    same = [_same_tokens(text.tokens, tokens) for text, tokens in zip(reference, found, strict=True)]
+    print(f"tokens before the first difference: {same}", file=sys.stderr)  # said before the leads, which take longer
     agreements, squares = [], []
-    for text, tokens in zip(reference, found, strict=True):
+    for text, tokens, place in zip(reference, found, same, strict=True):
         logits = logits_of_text(loaded, text.prompt, text.tokens)
         places = np.arange(len(text.tokens))
         leads = logits[places, text.tokens] - logits[places, text.runners_up]
         squares.append(np.mean((leads - np.asarray(text.leads)) ** 2))
-        place = next((i for i, (a, b) in enumerate(zip(text.tokens, tokens, strict=False)) if a != b), None)
-        if place is None:
+        if place == len(text.tokens):
             agreements.append(Agreement(text.prompt, len(text.tokens)))
             continue
         lead = float(logits[place, text.tokens[place]] - logits[place, tokens[place]])
@@ -153,6 +154,10 @@ def compare(loaded: LoadedModel, reference: list[Text]) -> Comparison:
         )
     noise = math.sqrt(float(np.mean(squares)))
     return Comparison(agreements, noise, sum(lead <= noise for text in reference for lead in text.leads))
+
+
+def _same_tokens(expected: list[int], found: list[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), len(expected))
 
 
 def logits_of_text(loaded: LoadedModel, prompt: str, tokens: list[int]) -> np.ndarray[Any, Any]:
