@@ -1,6 +1,9 @@
 """Runs every GPU kernel once on odd shapes, to be run under NVIDIA's memory checker.
 
 compute-sanitizer --tool memcheck --error-exitcode 1 python -m pallas_kernels.memcheck
+
+The kernels are called directly, with the settings that a device's table picks and with others, so that every path of
+each is taken whatever the device would choose for shapes as small as these.
 """
 
 from __future__ import annotations
@@ -8,7 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # One allocation for each array, so that an access past its end leaves the memory that belongs to the program.
@@ -20,22 +23,110 @@ import jax.numpy as jnp
 from pallas_kernels import registry
 from pallas_kernels.benchmark import compile_all
 from pallas_kernels.benchmark_data import bfloat16_array, packed_weight
-from pallas_kernels.mixed_matmul import pallas_triton
-from pallas_kernels.mixed_matmul.api import OPERATION, mixed_matmul
+from pallas_kernels.decode_attention import pallas_triton as attention_triton
+from pallas_kernels.kv_cache import LayerCache
+from pallas_kernels.mixed_matmul import pallas_mosaic_gpu, pallas_triton, unsigned_operands
+from pallas_kernels.mixed_matmul.configs import Config, MosaicConfig
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MosaicGpuConfig
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_config import MosaicGpuSplitConfig
 from pallas_kernels.mixed_matmul.triton_few_tokens import FewTokensConfig
 from pallas_kernels.mixed_matmul.triton_many_tokens import ManyTokensConfig
+from pallas_kernels.packing import with_code_sums
+from pallas_kernels.quantize_activations import pallas_triton as quantize_triton
 from pallas_kernels.quantize_activations.api import quantize_activations
-from pallas_kernels.rms_norm_quantize.api import rms_norm_quantize
-from pallas_kernels.swiglu_quantize.api import swiglu_quantize
+from pallas_kernels.rms_norm_quantize import pallas_triton as rms_norm_triton
+from pallas_kernels.swiglu_quantize import pallas_triton as swiglu_triton
 
-SIZES = ((1, 37, 384, 128, 0.1), (17, 131, 320, 64, 0.3), (70, 257, 640, 128, 0.1), (5, 19, 96, 32, 1.0))
+SIZES = (
+    (1, 37, 384, 128, 0.1),
+    (17, 131, 320, 64, 0.3),
+    (70, 257, 640, 128, 0.1),
+    (5, 19, 96, 32, 1.0),
+    (131, 70, 4224, 128, 0.5),
+)
 """Tokens, out_features, in_features, group size, share of 8-bit channels."""
 
-CONFIGS = (
+TRITON_CONFIGS: tuple[Config | None, ...] = (
+    None,
     FewTokensConfig(16, 8, 4, 2, 1, "weights"),
     FewTokensConfig(32, 16, 4, 1, 2, "all"),
     ManyTokensConfig(64, 32, 4, 3),
 )
+"""Settings of the Triton matmuls; None is what is chosen."""
+
+MOSAIC_CONFIGS: tuple[MosaicConfig | None, ...] = (
+    None,
+    MosaicGpuConfig(),
+    MosaicGpuConfig(64, 1, 12, 4, parts=1),
+    MosaicGpuConfig(64, 1, 4, 8, parts=1, unsigned=True),
+    MosaicGpuConfig(128, 2, 4, 4, parts=1, unsigned=True),
+    MosaicGpuSplitConfig(16, 1, 1, 8, 4),
+    MosaicGpuSplitConfig(16, 4, 1, 8, 2),
+    MosaicGpuSplitConfig(48, 2, 2, 4, 1),
+)
+"""Settings of the Hopper matmuls: signed operands, unsigned ones, and split input channels."""
+
+ATTENTION_SIZES = (
+    (1, 3, 2, 64, 77, 32, "bfloat16"),
+    (3, 1, 3, 48, 130, None, "float32"),
+    (2, 4, 1, 128, 33, 128, "int8"),
+)
+"""Batch, query heads of a kv head, kv heads, head_dim, positions of the cache, group size of the result (None: float),
+cache dtype."""
+
+Job = tuple[Callable[..., Any], tuple[Any, ...]]
+"""A function that launches kernels, and its arguments."""
+
+
+def quantizing_jobs() -> Iterator[Job]:
+    """The kernels that quantise activations, alone and fused with norm and SwiGLU."""
+    for tokens, _, k, group_size, _ in SIZES:
+        x = bfloat16_array((tokens, k), tokens)
+        norm = functools.partial(rms_norm_triton.rms_norm_quantize, epsilon=1e-5, group_size=group_size)
+        yield functools.partial(quantize_triton.quantize_activations, group_size=group_size), (x,)
+        yield (
+            functools.partial(swiglu_triton.swiglu_quantize, group_size=group_size),
+            (bfloat16_array((tokens, 2 * k), k),),
+        )
+        yield norm, (x, x[0], None)
+        yield norm, (x, x[0], x)
+
+
+def matmul_jobs(*, hopper: bool) -> Iterator[Job]:
+    """The matmuls, with a bias and without; those of Hopper GPUs only for `hopper`."""
+    kernels: list[tuple[Callable[..., Any], Config | MosaicConfig | None]] = [
+        (pallas_triton.mixed_matmul, config) for config in TRITON_CONFIGS
+    ]
+    if hopper:
+        kernels += [(pallas_mosaic_gpu.mixed_matmul, config) for config in MOSAIC_CONFIGS]
+    for tokens, n, k, group_size, share in SIZES:
+        activations = quantize_activations(bfloat16_array((tokens, k), tokens), group_size)
+        weight = packed_weight(n, k, group_size, share, tokens)
+        if group_size == unsigned_operands.GROUP_SIZE:
+            weight = with_code_sums(weight)
+        bias = jnp.ones((n,), jnp.float32)
+        for kernel, config in kernels:
+            yield functools.partial(kernel, out_dtype=jnp.float32, config=config), (activations, weight, bias)
+            yield functools.partial(kernel, out_dtype=jnp.bfloat16, config=config), (activations, weight, None)
+
+
+def attention_jobs() -> Iterator[Job]:
+    """The decode step of attention in one program a head and in several, with rows that are empty, full and cut."""
+    for batch, heads_per_kv, kv_heads, head_dim, max_length, group_size, cache_dtype in ATTENTION_SIZES:
+        qkv = bfloat16_array((batch, (heads_per_kv + 2) * kv_heads, head_dim), batch)
+        if cache_dtype == "float32":
+            qkv = qkv.astype(jnp.float32)
+        rotation = jnp.ones((batch, head_dim // 2), jnp.float32)
+        cache = LayerCache.zeros(batch, max_length, kv_heads, head_dim, cache_dtype)
+        chosen = attention_triton.default_config(batch, kv_heads, max_length)
+        for config in (chosen, attention_triton.Config(splits=1, block=16)):
+            for window in (None, 16):
+                run = functools.partial(
+                    attention_triton.decode_attention, window=window, quantize_group_size=group_size, config=config
+                )
+                for last in (0, max_length - 1, max_length):
+                    positions = jnp.maximum(0, last - 9 * jnp.arange(batch, dtype=jnp.int32))
+                    yield run, (qkv, rotation, rotation, positions, cache)
 
 
 def main() -> int:
@@ -43,34 +134,14 @@ def main() -> int:
     if registry.compute_capability() is None:
         print("this needs an NVIDIA GPU that JAX sees", file=sys.stderr)
         return 1
-    names = [name for name in OPERATION.implementations if name not in ("xla", "triton_interpret")]
-    jobs: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
-    for tokens, n, k, group_size, share in SIZES:
-        x = bfloat16_array((tokens, k), tokens)
-        weight = packed_weight(n, k, group_size, share, tokens)
-        bias = jnp.ones((n,), jnp.float32)
-        quantize = functools.partial(quantize_activations, group_size=group_size, implementation="triton")
-        activations = quantize(x)
-        norm = functools.partial(rms_norm_quantize, epsilon=1e-5, group_size=group_size, implementation="triton")
-        swiglu = functools.partial(swiglu_quantize, group_size=group_size, implementation="triton")
-        jobs.append((swiglu, (bfloat16_array((tokens, 2 * k), n),)))
-        jobs.append((lambda x, weight, norm=norm: norm(x, weight), (x, x[0])))
-        jobs.append((lambda x, weight, norm=norm: norm(x, weight, residual=x), (x, x[0])))
-        for name in names:
-            arguments = (activations, weight, bias)
-            if OPERATION.implementations[name].refuses(*arguments, out_dtype=jnp.dtype(jnp.bfloat16)) is None:
-                run = functools.partial(mixed_matmul, out_dtype=jnp.bfloat16, implementation=name)
-                jobs += [(run, arguments), (run, (activations, weight))]
-        jobs += [
-            (
-                functools.partial(pallas_triton.mixed_matmul, out_dtype=jnp.float32, config=config),
-                (activations, weight, bias),
-            )
-            for config in CONFIGS
-        ]
+    _, operands = next(matmul_jobs(hopper=False))
+    reason = pallas_mosaic_gpu.refuses(*operands, out_dtype=jnp.float32)
+    if reason is not None:
+        print("without the Hopper kernels:", reason)
+    jobs = [*quantizing_jobs(), *matmul_jobs(hopper=reason is None), *attention_jobs()]
     for function, (_, arguments) in zip(compile_all(jobs), jobs, strict=True):
         jax.block_until_ready(function(*arguments))
-    print(f"ran {len(jobs)} kernels on odd shapes")
+    print(f"ran {len(jobs)} calls on odd shapes")
     return 0
 
 
