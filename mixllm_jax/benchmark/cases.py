@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from mixllm_jax.errors import OptionError
+
 KEY = ("model", "scheme", "batch", "context", "kv_bits", "lm_head_bits", "embedding_bits")
 """The fields that identify a row; a profile has its `phase` besides, `decode` or `prefill`."""
 
@@ -69,12 +71,22 @@ class Plan:
 
 
 class Results:
-    """The JSON file of rows: every row is stored as soon as it is there, and replaces an older one of the same case."""
+    """The JSON file of rows: every row is stored as soon as it is there, and replaces an older one of the same case.
+
+    Raises:
+        OptionError: There is a file that is not JSON.
+    """
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
         self.path = path
         self.header = header
-        stored = json.loads(path.read_text()) if path.is_file() else {}
+        try:
+            stored = json.loads(path.read_text()) if path.is_file() else {}
+        except ValueError as error:
+            raise OptionError(
+                f"{path} should hold results of a benchmark, to which rows are added, but is no JSON ({error}): "
+                "remove it or give another file with --out"
+            ) from error
         self.rows: list[dict[str, Any]] = stored.get("rows", [])
         self.profiles: list[dict[str, Any]] = stored.get("profiles", [])
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,43 +40,52 @@ def run_plans(plans: Sequence[Plan], results: Results, *, transformers_batches: 
         settings: dict[str, Any] = {"model": plans[0].model, "batches": list(transformers_batches)}
         if (bandwidth := results.header["read_bandwidth_tb_s"]) is not None:
             settings["read_bandwidth"] = 1e12 * bandwidth
-        with _start(["-m", "mixllm_jax.benchmark.transformers_baseline", json.dumps(settings)]) as process:
-            _collect(process, results, until=None)
+        with _started(["-m", "mixllm_jax.benchmark.transformers_baseline", json.dumps(settings)]) as process:
+            _finish(process, results)
         failures += process.returncode != 0
     return failures
 
 
 def _run_at_once(plans: Sequence[Plan], results: Results) -> int:
     """Processes that compile at once and are then measured one after another; how many failed."""
-    processes = []
-    for plan in plans:
-        # XLA would launch kernel by kernel while it profiles, and show gaps that are not there otherwise.
-        flags = "--xla_enable_command_buffers_during_profiling=true" if plan.profile else ""
-        processes.append(_start(["-m", "mixllm_jax.benchmark.worker", plan.to_json()], flags))
-    try:
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for plan in plans:
+            # XLA would launch kernel by kernel while it profiles, and show gaps that are not there otherwise.
+            flags = "--xla_enable_command_buffers_during_profiling=true" if plan.profile else ""
+            worker = _started(["-m", "mixllm_jax.benchmark.worker", plan.to_json()], flags)
+            processes.append(stack.enter_context(worker))
         for process in processes:
             _collect(process, results, until="compiled")
         for plan, process in zip(plans, processes, strict=True):
             print(f"{plan.model} {plan.scheme}", file=sys.stderr)
-            # Closing the pipe is the sign to begin; a process that has failed by now does not mind.
-            process.stdin.close()  # type: ignore[union-attr]
-            _collect(process, results, until=None)
-            process.wait()
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+            _finish(process, results)
     return sum(process.returncode != 0 for process in processes)
 
 
-def _start(arguments: list[str], xla_flags: str = "") -> subprocess.Popen[str]:
+@contextlib.contextmanager
+def _started(arguments: list[str], xla_flags: str = "") -> Iterator[subprocess.Popen[str]]:
+    """A Python process, which does not outlive the context."""
     # Memory as it is needed, up to nearly all, for 70 billion parameters. JAX by itself takes three quarters at once.
     environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.93", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
     environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {xla_flags}".strip()
-    return subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def _finish(process: subprocess.Popen[str], results: Results) -> None:
+    """Let a process use the device, and take what it prints until it ends."""
+    assert process.stdin is not None
+    process.stdin.close()  # the sign to begin; a process that has failed by now does not mind
+    _collect(process, results, until=None)
+    process.wait()
 
 
 def _collect(process: subprocess.Popen[str], results: Results, *, until: str | None) -> None:

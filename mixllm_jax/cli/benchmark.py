@@ -81,8 +81,10 @@ def run(arguments: argparse.Namespace) -> None:
 
         preset(arguments.random_weights)
         schemes = [scheme for scheme in arguments.schemes.split(",") if scheme]
-        for scheme in schemes:
-            WeightFormat.from_name(scheme)
+        # Float weights have one name in the results, whatever they were called.
+        schemes = ["bf16" if WeightFormat.from_name(name).eight_bit_share is None else name for name in schemes]
+        if not schemes:
+            raise OptionError(f"--schemes needs at least one of bf16 and W4A8 to W8A8, found {arguments.schemes!r}")
         model = arguments.random_weights
     else:
         schemes, model = ["stored"], str(arguments.folder)

@@ -1,0 +1,111 @@
+"""The benchmark's processes: compiled at once, measured one after another, none left behind."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from mixllm_jax.benchmark import runner
+from mixllm_jax.benchmark.cases import Plan, Results
+from mixllm_jax.cli.main import main
+from mixllm_jax.errors import OptionError
+
+STUB = """
+import json, os, sys, time
+log, plan = sys.argv[1], json.loads(sys.argv[2])
+scheme, peers = plan["scheme"], plan["contexts"][0]  # the context says how many others must have started
+
+def note(event):
+    with open(log, "a") as file:
+        file.write(f"{event} {scheme} {os.getpid()}\\n")
+
+note("start")
+if scheme == "W5A8":
+    sys.exit("cannot compile")
+deadline = time.monotonic() + 20
+while open(log).read().count("start W") < peers:
+    if time.monotonic() > deadline:
+        sys.exit("the others have not started")
+    time.sleep(0.01)
+print("not a result", flush=True)
+print(json.dumps({"compiled": {}}), flush=True)
+sys.stdin.read()
+note("begin")
+time.sleep(0.2)  # long enough for a process that does not wait for its turn to be seen
+print(json.dumps({"row": plan["row"]}), flush=True)
+note("end")
+sys.exit(3 if scheme == "W6A8" else 0)
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs plans of these schemes with the stub; returns failures, the rows' schemes and the log, `[event, scheme]`."""
+    log, script = tmp_path / "log", tmp_path / "stub.py"
+    script.write_text(STUB)
+    started = runner._started
+
+    def stub(arguments, flags=""):
+        assert arguments[:2] == ["-m", "mixllm_jax.benchmark.worker"]
+        plan = Plan.from_json(arguments[2])
+        settings = json.loads(arguments[2]) | {"row": plan.row(1, 16, decode_tokens_per_s=1.0)}
+        return started(["-S", str(script), str(log), json.dumps(settings)], flags)
+
+    monkeypatch.setattr(runner, "_started", stub)
+
+    def run_schemes(*schemes):
+        quantized = sum(scheme != "bf16" for scheme in schemes)
+        plans = [Plan("m", s, (1,), (0 if s == "bf16" else quantized,), ()) for s in schemes]
+        results = Results(tmp_path / "results.json", runner.header("test"))
+        try:
+            failures = runner.run_plans(plans, results)
+        finally:
+            run_schemes.pids = [int(line.split()[2]) for line in log.read_text().splitlines()]
+        stored = json.loads((tmp_path / "results.json").read_text())["rows"]
+        events = [line.split()[:2] for line in log.read_text().splitlines()]
+        return failures, {row["scheme"] for row in stored}, events
+
+    return run_schemes
+
+
+def test_quantized_schemes_start_together_and_are_measured_in_turn_and_bf16_is_alone(run):
+    failures, stored, events = run("W4A8", "bf16", "W4.4A8", "W8A8")
+    assert failures == 0
+    assert stored == {"W4A8", "bf16", "W4.4A8", "W8A8"}
+    assert events[:3] == [["start", "bf16"], ["begin", "bf16"], ["end", "bf16"]]
+    assert {event for event, _ in events[3:6]} == {"start"}
+    turns = [[event, scheme] for scheme in ("W4A8", "W4.4A8", "W8A8") for event in ("begin", "end")]
+    assert events[6:] == turns
+
+
+def test_a_process_that_fails_is_counted_and_the_others_are_measured(run):
+    failures, stored, events = run("W5A8", "W4A8", "W6A8")  # before it has compiled; not at all; after its row
+    assert failures == 2
+    assert stored == {"W4A8", "W6A8"}
+    assert ["begin", "W5A8"] not in events
+
+
+def test_an_interrupt_leaves_no_process(run, monkeypatch):
+    monkeypatch.setattr(runner, "_store", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        run("W4A8", "W4.4A8")
+    assert len(set(run.pids)) == 2
+    for pid in run.pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_file_that_holds_no_results_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("my notes")
+    with pytest.raises(OptionError, match=r"notes\.txt.*no JSON.*--out"):
+        Results(tmp_path / "notes.txt", {})
+
+
+def test_float_weights_have_one_name_in_the_results(tmp_path, monkeypatch):
+    plans = []
+    monkeypatch.setattr(runner, "run_plans", lambda found, *_, **__: plans.extend(found) or 0)
+    command = ["benchmark", "--random-weights", "llama-3.1-8b", "--lm-head-bits", "8", "--out", str(tmp_path / "out")]
+    assert main([*command, "--schemes", "BF16,W8A8"]) == 0
+    assert [(plan.scheme, plan.lm_head_bits) for plan in plans] == [("bf16", 16), ("W8A8", 8)]
+    assert main([*command, "--schemes", ","]) == 1
