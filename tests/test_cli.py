@@ -3,8 +3,10 @@
 import dataclasses
 import importlib
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -201,3 +203,33 @@ def test_generate_with_random_weights(capsys, monkeypatch):
     assert "chat template" in capsys.readouterr().err
     assert cli.main(["generate", "--prompt", "x"]) == 1
     assert "--random-weights" in capsys.readouterr().err
+    assert cli.main(["generate", "folder", "--prompt", "x", "--scheme", "W8A8"]) == 1
+    assert "leave --scheme out" in capsys.readouterr().err
+
+
+def test_an_interrupt_during_an_import_ends_at_once_even_where_the_module_hides_it(tmp_path):
+    (tmp_path / "native.py").write_text(
+        "import signal\n"
+        "try:\n    signal.raise_signal(signal.SIGINT)\n"
+        "except BaseException:\n    raise ImportError('while initializing the extension')\n"
+    )
+    code = (
+        "import sys; from mixllm_jax.cli.runner import run_command; sys.exit(run_command(lambda: __import__('native')))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (130, "\ninterrupted\n")
+
+
+def test_an_interrupt_elsewhere_is_an_exception_that_can_be_cleaned_up_after():
+    cleaned = []
+
+    def command():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            cleaned.append(True)
+
+    assert run_command(command) == 130
+    assert cleaned
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -1,9 +1,11 @@
 """Packed weights in common shapes are the same weights."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mixllm_jax.loading import _next_part
 from mixllm_jax.models.common_shapes import common_number, with_common_shape
 from pallas_kernels import mixed_matmul, packing, quantize_activations
 
@@ -34,6 +36,15 @@ def test_the_weight_and_its_products_stay_the_same_to_the_bit(n8, expected):
     activations = quantize_activations(jnp.asarray(np.random.default_rng(1).standard_normal((5, 96)), jnp.float32), 32)
     products = [mixed_matmul(activations, packed, out_dtype=jnp.float32) for packed in (weight, common)]
     np.testing.assert_array_equal(*products)
+
+
+def test_loading_for_a_gpu_rounds_packed_weights_and_nothing_else(monkeypatch):
+    part = {"packed": random_weight(65), "norm": np.ones(3)}
+    assert _next_part(iter([("a", part)]), "a") is part
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    loaded = _next_part(iter([("a", part)]), "a")
+    assert loaded["packed"].n8 == 96
+    assert loaded["norm"] is part["norm"]
 
 
 def test_few_numbers_are_left():

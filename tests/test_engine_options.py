@@ -100,6 +100,17 @@ def test_an_eight_bit_embedding_changes_nothing_but_the_embedding():
     assert 0.3 < float(jnp.std(model(jnp.arange(12)[None])[0])) < 3
 
 
+def test_float_linears_can_have_an_eight_bit_head_and_embedding():
+    weights = WeightFormat.from_name("bf16", lm_head_bits=8, embedding_bits=8)
+    assert weights.eight_bit_share is None
+    model = random_decoder(dataclasses.replace(CONFIG, tie_word_embeddings=False), weights)
+    assert isinstance(model.embedding.weight.get_value(), packing.PackedWeight)
+    assert isinstance(model.final.lm_head.weight.get_value(), packing.PackedWeight)
+    assert not any(
+        isinstance(linear.weight.get_value(), packing.PackedWeight) for linear in model.layers[0].linears().values()
+    )
+
+
 def test_logits_through_an_int8_cache_are_those_of_decoding_with_one():
     model = Decoder.from_parameters(
         CONFIG, {part: random_parameters(CONFIG, part, 1, 0.1) for part in CONFIG.part_names()}

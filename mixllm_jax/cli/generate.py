@@ -29,11 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--random-weights",
         metavar="NAME",
-        help="shapes of a known model, such as llama-3.1-8b, made on the device: a prompt.s bytes are its tokens, "
+        help="shapes of a known model, such as llama-3.1-8b, made on the device: a prompt's bytes are its tokens, "
         "and token ids are printed",
     )
     parser.add_argument(
-        "--scheme", default="W4.4A8", metavar="NAME", help="format of random weights, or bf16 (default: W4.4A8)"
+        "--scheme", metavar="NAME", help="format of --random-weights: W4A8 to W8A8, or bf16 (default: W4.4A8)"
     )
     add_sampling_options(parser, temperature=0.0, top_p=1.0)
     add_execution_options(parser)
@@ -43,6 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Prints the text; what it took goes to standard error."""
     if (arguments.folder is None) == (arguments.random_weights is None):
         raise OptionError("give either a model folder or --random-weights NAME")
+    if arguments.folder is not None and arguments.scheme is not None:
+        raise OptionError(f"--scheme is for --random-weights: {arguments.folder} has its format, leave --scheme out")
     options: dict[str, Any] = {**sampling_options(arguments)}
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in arguments.prompt]
     start = time.monotonic()
@@ -78,9 +80,9 @@ def _generate_tokens(arguments: argparse.Namespace, prompts: list[str], options:
         raise OptionError("random weights have no chat template: give the prompt without --chat and --system")
     config = preset(arguments.random_weights)
     weights = WeightFormat.from_name(
-        arguments.scheme, lm_head_bits=arguments.lm_head_bits, embedding_bits=arguments.embedding_bits
+        arguments.scheme or "W4.4A8", lm_head_bits=arguments.lm_head_bits, embedding_bits=arguments.embedding_bits
     )
-    if weights.eight_bit_share is not None:
+    if weights.eight_bit_share is not None or weights.lm_head_bits == 8:
         require_kernels(fitting_group_size(config), arguments.implementation)
     dtype = compute_dtype(arguments.dtype)
     model = random_decoder(config, weights, dtype=dtype, implementation=arguments.implementation)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import importlib.metadata
 import sys
 from collections.abc import Sequence
 
@@ -43,6 +42,8 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
 
 
 def _version() -> str:
+    import importlib.metadata  # slow: an interrupt that comes meanwhile has its message in here
+
     try:
         return importlib.metadata.version("mixllm-jax")
     except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed

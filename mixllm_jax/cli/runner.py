@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 from mixllm_jax.errors import MixLLMError
 
@@ -20,8 +24,9 @@ def run_command(command: Callable[[], None]) -> int:
     Anything else is a bug of ours and keeps its traceback.
     """
     try:
-        command()
-        sys.stdout.flush()
+        with _interruptible_imports():
+            command()
+            sys.stdout.flush()
     except (MixLLMError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_ERROR
@@ -33,6 +38,34 @@ def run_command(command: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_ERROR
     return 0
+
+
+@contextlib.contextmanager
+def _interruptible_imports() -> Iterator[None]:
+    """Lets Ctrl-C end the process at once where it comes during an import, of which JAX has seconds.
+
+    Native modules that are being initialised make an ImportError or an abort of a KeyboardInterrupt, or lose it.
+    """
+    if threading.current_thread() is not threading.main_thread() or (
+        signal.getsignal(signal.SIGINT) is not signal.default_int_handler  # such as ignored, by nohup
+    ):
+        yield
+        return
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    caller = frame
+    while caller is not None:
+        if caller.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, b"\ninterrupted\n")
+            os._exit(EXIT_INTERRUPTED)
+        caller = caller.f_back
+    signal.default_int_handler(number, frame)
 
 
 def cache_dir() -> Path:

@@ -53,7 +53,7 @@ class WeightFormat:
             OptionError: Another name.
         """
         if name.lower() in ("bf16", "float"):
-            return cls(None)
+            return cls(None, lm_head_bits=lm_head_bits, embedding_bits=embedding_bits)
         try:
             weight_bits, activation_bits = name.upper().removeprefix("W").split("A")
             share = (float(weight_bits) - 4) / 4
