@@ -1,6 +1,8 @@
 """The model folder: round trips, equal bytes, atomic writing, and clear errors for damaged folders."""
 
 import json
+import logging
+import resource
 import shutil
 import signal
 import subprocess
@@ -182,6 +184,18 @@ def test_finish_without_all_parts(tmp_path):
         writer.write_part("embedding", example_parts()["embedding"])
         with pytest.raises(ValueError, match="layer_0000, final"):
             writer.finish()
+
+
+def test_a_write_that_fails_gives_one_message_and_no_traceback_of_orbax(tmp_path, caplog):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with CheckpointWriter(tmp_path / "model", METADATA) as writer:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+        try:
+            with pytest.raises(StorageError, match=r"model: cannot write: .*File too large.*Choose an --out"):
+                writer.write_part("embedding", {"embed.weight": np.zeros((64, 64), np.float32)})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_full_disk_before_and_while_writing(tmp_path, monkeypatch):

@@ -11,7 +11,11 @@ from typing import Any
 
 import numpy as np
 
-_ORBAX_NOISE = ("Skipping merge of OCDBT", "TensorStore data files not found")  # both are about the storage we turn off
+_ORBAX_NOISE = (
+    "Skipping merge of OCDBT",  # this and the next are about the storage that we turn off
+    "TensorStore data files not found",
+    "_SignalingThread.run() raised an exception",  # with its traceback; `save` raises the same exception later
+)
 
 
 def _orbax_context() -> Any:

@@ -23,6 +23,7 @@ from mixllm_jax.models.config import ModelConfig
 _PART_NAME = re.compile(r"[a-z0-9_]+")
 _LOCK_FILE = ".lock"
 _DISK_REMEDY = "Free some space or choose an --out on another disk, then repeat the command."
+_WRITE_REMEDY = "Choose an --out that can be written, then repeat the command."
 _TOOLS = ("mixllm-jax", "jax", "orbax-checkpoint", "numpy")
 
 
@@ -215,12 +216,14 @@ def _readable_os_errors(out_dir: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
-        if not full and not isinstance(error, OSError):
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+            text in str(error) for text in ("No space left on device", "Disk quota exceeded")
+        )
+        if not full and not isinstance(error, OSError) and "os_error_code" not in str(error):
             raise
         reason = "the disk is full" if full else f"cannot write: {error}"
-        remedy = _DISK_REMEDY if full else ""
-        raise StorageError(f"{out_dir}: {reason}. {remedy}".rstrip()) from error
+        remedy = _DISK_REMEDY if full else _WRITE_REMEDY
+        raise StorageError(f"{out_dir}: {reason}. {remedy}") from error
 
 
 def _version(package: str) -> str:
