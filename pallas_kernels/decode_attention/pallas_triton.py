@@ -28,10 +28,10 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import registry
 from pallas_kernels.activations import QuantizedActivations
-from pallas_kernels.decode_attention.triton_output import NOTHING, Output, Shape, next_power_of_two
+from pallas_kernels.decode_attention.triton_output import NOTHING, Output, Shape
 from pallas_kernels.kv_cache import LayerCache
 from pallas_kernels.quantize_activations import pallas_triton as quantize_triton
-from pallas_kernels.triton_common import clear_counters, counters_shape
+from pallas_kernels.triton_common import clear_counters, counters_shape, next_power_of_2
 from pallas_kernels.triton_primitives import round_to_int8
 
 
@@ -60,7 +60,7 @@ def default_config(batch: int, kv_heads: int, max_length: int) -> Config:
     """Enough splits to fill the device, none smaller than a block of a full row."""
     block = 32 if max_length <= 1024 else 64
     wanted = round(math.log2(max(1.0, _TARGET_PROGRAMS / (batch * kv_heads))))
-    return Config(min(1 << wanted, next_power_of_two(pl.cdiv(max_length, block)), 64), block)
+    return Config(min(1 << wanted, next_power_of_2(pl.cdiv(max_length, block)), 64), block)
 
 
 def _kernel(refs: dict[str, Any], *, shape: Shape, config: Config, quantized: bool, group_size: int | None) -> None:
@@ -268,7 +268,7 @@ def decode_attention(
 def refuses(
     qkv: jax.Array, cos: jax.Array, sin: jax.Array, positions: jax.Array, cache: LayerCache, **settings: Any
 ) -> str | None:
-    """Why the kernels cannot run these arguments here, or None."""
+    """Why the kernel cannot run these arguments here, or None."""
     if registry.default_platform() != "gpu":
         return f"it needs an NVIDIA GPU; the default device is a {registry.default_platform()}"
     capability = registry.compute_capability()

@@ -12,17 +12,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.triton_common import next_power_of_2
 from pallas_kernels.triton_primitives import loads_before, round_to_int8
 
 _SMALLEST_DOT = 16
 """Least size of any side of a Triton dot."""
 NOTHING = -1e30
 """Score of a slot that a query does not see; finite, so that differences of maxima are never NaN."""
-
-
-def next_power_of_two(value: int) -> int:
-    """The least power of two that is at least `value`."""
-    return 1 << (value - 1).bit_length()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +34,12 @@ class Shape:
     @property
     def rows(self) -> int:
         """Query heads of a program, padded for the dot."""
-        return max(_SMALLEST_DOT, next_power_of_two(self.heads_per_kv))
+        return max(_SMALLEST_DOT, next_power_of_2(self.heads_per_kv))
 
     @property
     def half(self) -> int:
         """Half a head, padded for the dot."""
-        return max(_SMALLEST_DOT, next_power_of_two(self.head_dim // 2))
+        return max(_SMALLEST_DOT, next_power_of_2(self.head_dim // 2))
 
     def quantizes(self, group_size: int) -> bool:
         """Whether a program holds whole groups: parts of half a head, or whole heads of one kv head."""
@@ -124,7 +120,7 @@ class Output:
 
         Every thread loads all that its elements need: reducing along the splits across threads takes longer.
         """
-        head, channel, head_exists, mask = self._layout(next_power_of_two(self.shape.heads_per_kv))
+        head, channel, head_exists, mask = self._layout(next_power_of_2(self.shape.heads_per_kv))
         heads = self._first_head + head[:, None]
 
         def load(name: str, exists: jax.Array, *place: Any) -> jax.Array:

@@ -22,11 +22,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.activations import QuantizedActivations
+from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_ring as ring
 from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_store as store
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import Emitted as _Emitted
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import Index, Ref
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import Slice as _Slice
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import swizzled as _swizzled
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import Emitted, Index, Ref
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import CHANNELS_PER_WARPGROUP, MosaicGpuConfig
 from pallas_kernels.packing import PackedWeight
 
@@ -66,63 +64,47 @@ def launch(
     return run(*operands.values())
 
 
-def kernel_type(config: MosaicGpuConfig) -> type[_Kernel]:
+def kernel_type(config: MosaicGpuConfig) -> type[Kernel]:
     """The kernel that these settings are for."""
     if not config.unsigned:
-        return _Kernel
+        return Kernel
     from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_unsigned  # builds on this module
 
     return pallas_mosaic_gpu_unsigned.UnsignedKernel
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tile:
-    """A tile as the loops see it: which channels and tokens, and where its groups stand in the ring."""
+class Tile(ring.Tile):
+    """A tile as the loops see it: which channels and tokens, and where its groups stand in the ring.
+
+    Attributes:
+        first_block: Blocks that the multiprocessor has before it.
+    """
 
     first_block: Index
-    is8: bool
-    first_row: Index
-    first_token: Index
 
 
 @dataclasses.dataclass(frozen=True)
-class _Kernel:
-    """The kernel of one problem."""
+class Kernel(ring.RingKernel):
+    """The kernel of one problem.
 
-    tokens: int
-    n4: int
-    n8: int
-    num_groups: int
-    group_size: int
+    Attributes:
+        out_itemsize: Bytes of an output element.
+        config: Settings that were fitted to the number of tokens.
+    """
+
     out_itemsize: int
     config: MosaicGpuConfig
 
     @property
-    def tiles4(self) -> int:
-        return pl.cdiv(self.n4, self.config.tile_channels)
+    def tile_tokens(self) -> int:
+        """Tokens of a tile."""
+        return self.config.tile_tokens
 
     @property
-    def tiles8(self) -> int:
-        return pl.cdiv(self.n8, self.config.tile_channels)
-
-    @property
-    def token_tiles(self) -> int:
-        return pl.cdiv(self.tokens, self.config.tile_tokens)
-
-    @property
-    def num_tiles(self) -> int:
-        return (self.tiles4 + self.tiles8) * self.token_tiles
-
-    @property
-    def token_scales(self) -> _Slice:
-        return _Slice(self.tokens, self.config.tile_tokens, 4)
-
-    def channel_scales(self, is8: bool) -> _Slice:
-        return _Slice(self.n8 if is8 else self.n4, self.config.tile_channels, 2)
-
-    @property
-    def zero_points(self) -> _Slice:
-        return _Slice(self.n4, self.config.tile_channels, 1)
+    def tile_channels(self) -> int:
+        """Output channels of a tile."""
+        return self.config.tile_channels
 
     @property
     def unroll(self) -> int:
@@ -131,6 +113,7 @@ class _Kernel:
 
     @property
     def num_blocks(self) -> int:
+        """Blocks of a tile."""
         return self.num_groups // self.unroll
 
     @property
@@ -148,49 +131,14 @@ class _Kernel:
         """How finished dots pass through shared memory."""
         return store.Staging(self.config.tile_tokens // self.config.parts, self.out_itemsize)
 
-    def operands(self, activations: QuantizedActivations, weight: PackedWeight) -> dict[str, jax.Array]:
-        """Arrays to copy from, by name.
-
-        Rows of scales are not always multiples of 16 bytes apart, as the copy engine wants of two axes: it gets one.
-        """
-        arrays = {"codes": activations.codes, "token_scales": activations.scales.reshape(-1)}
-        if weight.n4:
-            arrays |= {"codes4": weight.codes4, "scales4": weight.scales4.reshape(-1)}
-            arrays |= {"zero_points4": weight.zero_points4.reshape(-1)}
-        if weight.n8:
-            arrays |= {"codes8": weight.codes8, "scales8": weight.scales8.reshape(-1)}
-        return arrays
-
     def scratch(self) -> dict[str, Any]:
         """Shared memory: the ring's stages and their barriers, and room for finished tiles."""
-        c, size = self.config, self.group_size
-        channel_scales = max(self.channel_scales(is8).copied for is8 in (False, True))
-        rings: dict[str, Any] = {
-            "activation_ring": plgpu.SMEM((self.stages, c.tile_tokens, size), jnp.int8, transforms=_swizzled(size)),
-            "token_scale_ring": plgpu.SMEM((self.stages, self.token_scales.copied), jnp.float32),
-            "channel_scale_ring": plgpu.SMEM((self.stages, channel_scales), jnp.float16),
-            # Every copy of a stage arrives once; an 8-bit stage has no zero points and arrives without a copy.
-            "full": plgpu.Barrier(num_arrivals=5 if self.n4 else 4, num_barriers=self.stages),
-            "empty": plgpu.Barrier(num_arrivals=c.compute_warpgroups, num_barriers=self.stages),
-            "staging": plgpu.SMEM((c.compute_warpgroups * self.staging.words,), jnp.int32),
-            "columns": plgpu.SMEM((c.compute_warpgroups * 256,), jnp.int32),  # two for each thread
+        warpgroups = self.config.compute_warpgroups
+        output = {
+            "staging": plgpu.SMEM((warpgroups * self.staging.words,), jnp.int32),
+            "columns": plgpu.SMEM((warpgroups * 256,), jnp.int32),  # two for each thread
         }
-        # A slot of 4-bit codes takes the room of one of 8-bit codes where both share the memory: slots of tiles of
-        # both kinds are in use at the same time, and only equal slots have equal barriers.
-        both = bool(self.n4 and self.n8)
-        ring4 = plgpu.SMEM(
-            (self.stages, 2 if both else 1, c.tile_channels, size // 2), jnp.uint8, transforms=_swizzled(size // 2)
-        )
-        ring8 = plgpu.SMEM((self.stages, c.tile_channels, size), jnp.int8, transforms=_swizzled(size))
-        if self.n4:
-            rings["zero_point_ring"] = plgpu.SMEM((self.stages, self.zero_points.copied), jnp.uint8)
-        rings["code_rings"] = plgpu.RefUnion(ring4, ring8) if both else ring4 if self.n4 else ring8
-        return rings
-
-    def code_slot(self, scratch: dict[str, Any], is8: bool, slot: Index) -> Ref:
-        """The codes of a stage."""
-        ring4, ring8 = scratch["code_rings"] if self.n4 and self.n8 else (scratch["code_rings"],) * 2
-        return ring8.at[slot] if is8 else ring4.at[slot, 0]
+        return self.rings(readers=warpgroups) | output | self.code_rings()
 
     def body(self, names: tuple[str, ...], *refs: Ref, **scratch: Any) -> None:
         """The kernel: the first warpgroups compute, one warp of the last one loads."""
@@ -220,7 +168,7 @@ class _Kernel:
                 functools.partial(self.compute_tile, inputs, out, scratch, warpgroup * CHANNELS_PER_WARPGROUP),
             )
 
-    def for_each_tile(self, multiprocessor: Index, multiprocessors: int, visit: Callable[[_Tile], None]) -> None:
+    def for_each_tile(self, multiprocessor: Index, multiprocessors: int, visit: Callable[[Tile], None]) -> None:
         """Visit the tiles of this multiprocessor.
 
         8-bit tiles are spread evenly among the 4-bit ones, so that outputs which are neighbours are stored at about
@@ -235,7 +183,14 @@ class _Kernel:
             first_token = token_tile * self.config.tile_tokens
 
             def visit_kind(is8: bool, tile: Index) -> None:
-                visit(_Tile(index * self.num_blocks, is8, tile * self.config.tile_channels, first_token))
+                visit(
+                    Tile(
+                        first_block=index * self.num_blocks,
+                        is8=is8,
+                        first_row=tile * self.tile_channels,
+                        first_token=first_token,
+                    )
+                )
 
             if not (self.n4 and self.n8):
                 visit_kind(not self.n4, channel_tile)
@@ -247,35 +202,8 @@ class _Kernel:
 
         lax.fori_loop(0, lax.div(self.num_tiles - 1 - multiprocessor, multiprocessors) + 1, one, None)
 
-    def load_tile(self, inputs: dict[str, Ref], scratch: dict[str, Any], tile: _Tile) -> None:
+    def load_tile(self, inputs: dict[str, Ref], scratch: dict[str, Any], tile: Tile) -> None:
         """Copy the groups of a tile into the ring, each as soon as its slot is empty."""
-        c, size, bits = self.config, self.group_size, "8" if tile.is8 else "4"
-        scales = self.channel_scales(tile.is8)
-
-        def load_group(group: Index, slot: Index) -> None:
-            tokens = pl.ds(tile.first_token, c.tile_tokens)
-            copies = [
-                (
-                    inputs["codes" + bits].at[group, pl.ds(tile.first_row, c.tile_channels)],
-                    self.code_slot(scratch, tile.is8, slot),
-                ),
-                (inputs["codes"].at[tokens, pl.ds(group * size, size)], scratch["activation_ring"].at[slot]),
-                (
-                    scales.window(inputs["scales" + bits], group, tile.first_row),
-                    scratch["channel_scale_ring"].at[slot, pl.ds(0, scales.copied)],
-                ),
-                (
-                    self.token_scales.window(inputs["token_scales"], group, tile.first_token),
-                    scratch["token_scale_ring"].at[slot],
-                ),
-            ]
-            if not tile.is8:
-                window = self.zero_points.window(inputs["zero_points4"], group, tile.first_row)
-                copies.append((window, scratch["zero_point_ring"].at[slot]))
-            for source, destination in copies:
-                plgpu.copy_gmem_to_smem(source, destination, scratch["full"].at[slot])
-            if tile.is8 and self.n4:
-                plgpu.barrier_arrive(scratch["full"].at[slot])
 
         def load_block(index: Index, _: None) -> None:
             block = tile.first_block + index
@@ -286,17 +214,17 @@ class _Kernel:
                 def _wait(offset: int = offset) -> None:
                     plgpu.barrier_wait(scratch["empty"].at[first_slot + offset])
 
-                load_group(index * self.unroll + offset, first_slot + offset)
+                self.load_group(inputs, scratch, tile, index * self.unroll + offset, first_slot + offset)
 
         lax.fori_loop(0, self.num_blocks, load_block, None)
 
     def compute_tile(
-        self, inputs: dict[str, Ref], out: Ref, scratch: dict[str, Any], first_channel: Index, tile: _Tile
+        self, inputs: dict[str, Ref], out: Ref, scratch: dict[str, Any], first_channel: Index, tile: Tile
     ) -> None:
         """Compute 64 channels of a tile, from `first_channel` on, and store them."""
         c, is8 = self.config, tile.is8
         part_tokens = c.tile_tokens // c.parts
-        emit = _Emitted(self.group_size, part_tokens, is8, even_tokens=self.tokens % 2 == 0)
+        emit = Emitted(self.group_size, part_tokens, is8, even_tokens=self.tokens % 2 == 0)
         first_row, rows = tile.first_row + first_channel, self.n8 if is8 else self.n4
         emit.fetch_columns(inputs["order"], scratch["columns"], first_row, rows, self.n4 if is8 else 0)
 

@@ -158,9 +158,7 @@ def load_token_scales(ref: ir.Value, first: ir.Value, tokens: int, *, pairs: boo
             scales += [load(ref, arith.addi(index, i32_constant(lane)), f32) for lane in range(2)]
             continue
         pair = load(ref, index, f32, lanes=2)
-        for lane in range(2):
-            position = ir.DenseI64ArrayAttr.get([lane])
-            scales.append(vector.extract(pair, dynamic_position=[], static_position=position))
+        scales += [element(pair, lane) for lane in range(2)]
     return scales
 
 
@@ -218,9 +216,9 @@ def descriptor(ref: ir.Value, swizzle: int) -> ir.Value:
     return llvm.or_(address, arith.constant(i64, (stride >> 4 << 32) | (kind << 62)))
 
 
-def element(register: ir.Value) -> ir.Value:
-    """The only element of a one-element vector."""
-    return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([0]))
+def element(register: ir.Value, index: int = 0) -> ir.Value:
+    """An element of a vector: by default the first, which is the only one of most registers."""
+    return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([index]))
 
 
 def wait_dot(accumulator: fa.FragmentedArray, codes: fa.FragmentedArray, in_flight: int) -> fa.FragmentedArray:

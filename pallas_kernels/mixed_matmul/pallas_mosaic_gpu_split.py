@@ -21,18 +21,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.activations import QuantizedActivations
+from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_ring as ring
 from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_split_output as output
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import Emitted, Slice, swizzled
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import Emitted, Index, Ref
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import CHANNELS_PER_WARPGROUP
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_config import MosaicGpuSplitConfig
 from pallas_kernels.mixed_matmul.triton_tiles import problem_of
 from pallas_kernels.packing import PackedWeight
-
-Index = Any
-"""An int, or a traced int32 scalar."""
-
-Ref = Any
-"""A Pallas reference."""
 
 LOADER_REGISTERS = 24
 """Of a loading thread."""
@@ -49,13 +44,7 @@ def launch(
     """Quantised linear layer `[tokens, out_features]`; see `pallas_kernels.mixed_matmul.api.mixed_matmul`."""
     config = config.fitted(problem_of(activations, weight))
     kernel = _Kernel(activations.tokens, weight.n4, weight.n8, weight.num_groups, weight.group_size, config)
-    # Rows of scales are not always multiples of 16 bytes apart, as the copy engine wants of two axes: it gets one.
-    operands = {"codes": activations.codes, "token_scales": activations.scales.reshape(-1)}
-    if weight.n4:
-        operands |= {"codes4": weight.codes4, "scales4": weight.scales4.reshape(-1)}
-        operands |= {"zero_points4": weight.zero_points4.reshape(-1)}
-    if weight.n8:
-        operands |= {"codes8": weight.codes8, "scales8": weight.scales8.reshape(-1)}
+    operands = kernel.operands(activations, weight)
     operands["order"] = weight.channel_order
     if bias is not None:
         operands["bias"] = bias.astype(jnp.float32)
@@ -72,7 +61,7 @@ def launch(
         kernel_name="mixed_matmul_mosaic_gpu_split",
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,
+            unsafe_no_auto_barriers=True,  # the ring and the sums have barriers of their own
         ),
     )
     return run(*operands.values())
@@ -89,48 +78,40 @@ def registers_of_a_computing_thread(warpgroups: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tile:
+class _Tile(ring.Tile):
+    """A tile as the loops see it.
+
+    Attributes:
+        index: Tiles that the cluster has before it.
+    """
+
     index: Index
-    is8: bool
-    first_row: Index
-    first_token: Index
 
 
 @dataclasses.dataclass(frozen=True)
-class _Kernel:
-    tokens: int
-    n4: int
-    n8: int
-    num_groups: int
-    group_size: int
+class _Kernel(ring.RingKernel):
+    """The kernel of one problem.
+
+    Attributes:
+        config: Settings that were fitted to the problem.
+    """
+
     config: MosaicGpuSplitConfig
 
     @property
-    def tiles4(self) -> int:
-        return pl.cdiv(self.n4, CHANNELS_PER_WARPGROUP)
+    def tile_tokens(self) -> int:
+        """Tokens of a tile."""
+        return self.config.tile_tokens
 
     @property
-    def tiles8(self) -> int:
-        return pl.cdiv(self.n8, CHANNELS_PER_WARPGROUP)
+    def tile_channels(self) -> int:
+        """Output channels of a tile."""
+        return CHANNELS_PER_WARPGROUP
 
     @property
-    def token_tiles(self) -> int:
-        return pl.cdiv(self.tokens, self.config.tile_tokens)
-
-    @property
-    def num_tiles(self) -> int:
-        return (self.tiles4 + self.tiles8) * self.token_tiles
-
-    @property
-    def token_scales(self) -> Slice:
-        return Slice(self.tokens, self.config.tile_tokens, 4)
-
-    def channel_scales(self, is8: bool) -> Slice:
-        return Slice(self.n8 if is8 else self.n4, CHANNELS_PER_WARPGROUP, 2)
-
-    @property
-    def zero_points(self) -> Slice:
-        return Slice(self.n4, CHANNELS_PER_WARPGROUP, 1)
+    def stages(self) -> int:
+        """Ring slots."""
+        return self.config.stages
 
     @property
     def runs(self) -> int:
@@ -143,23 +124,9 @@ class _Kernel:
         return 0 if runs == 1 else lax.rem(run, runs) * self.config.run
 
     def scratch(self) -> dict[str, Any]:
-        c, size = self.config, self.group_size
-        channel_scales = max(self.channel_scales(is8).copied for is8 in (False, True))
-        rings: dict[str, Any] = {
-            "activation_ring": plgpu.SMEM((c.stages, c.tile_tokens, size), jnp.int8, transforms=swizzled(size)),
-            "token_scale_ring": plgpu.SMEM((c.stages, self.token_scales.copied), jnp.float32),
-            "channel_scale_ring": plgpu.SMEM((c.stages, channel_scales), jnp.float16),
-            "full": plgpu.Barrier(num_arrivals=5 if self.n4 else 4, num_barriers=c.stages),
-            "empty": plgpu.Barrier(num_arrivals=1, num_barriers=c.stages),
-        }
-        both = bool(self.n4 and self.n8)
-        ring4 = plgpu.SMEM(
-            (c.stages, 2 if both else 1, CHANNELS_PER_WARPGROUP, size // 2), jnp.uint8, transforms=swizzled(size // 2)
-        )
-        ring8 = plgpu.SMEM((c.stages, CHANNELS_PER_WARPGROUP, size), jnp.int8, transforms=swizzled(size))
-        if self.n4:
-            rings["zero_point_ring"] = plgpu.SMEM((c.stages, self.zero_points.copied), jnp.uint8)
-        rings["code_rings"] = plgpu.RefUnion(ring4, ring8) if both else ring4 if self.n4 else ring8
+        """Shared memory: the ring's stages and their barriers, and room for the sums of the other warpgroups."""
+        c = self.config
+        rings = self.rings(readers=1) | self.code_rings()
         if c.splits > 1:
             # Two sets: one is read while the next tile's sums arrive in the other.
             rings["sums"] = plgpu.SMEM((2 * (c.splits - 1) * CHANNELS_PER_WARPGROUP * c.tile_tokens,), jnp.float32)
@@ -169,11 +136,8 @@ class _Kernel:
                 rings["summed"] = plgpu.Barrier(num_arrivals=c.warpgroups)
         return rings
 
-    def code_slot(self, scratch: dict[str, Any], is8: bool, slot: Index) -> Ref:
-        ring4, ring8 = scratch["code_rings"] if self.n4 and self.n8 else (scratch["code_rings"],) * 2
-        return ring8.at[slot] if is8 else ring4.at[slot, 0]
-
     def body(self, names: tuple[str, ...], *refs: Ref, **scratch: Any) -> None:
+        """The kernel: the first warpgroups compute, one warp of the last one loads."""
         inputs, out = dict(zip(names, refs[:-1], strict=True)), refs[-1]
         warpgroup, cluster = lax.axis_index("warpgroup"), lax.axis_index("cluster")
         split, clusters = lax.axis_index("split"), lax.axis_size("cluster")
@@ -206,7 +170,7 @@ class _Kernel:
             first_token = token_tile * self.config.tile_tokens
 
             def visit_kind(is8: bool, tile: Index) -> None:
-                visit(_Tile(index, is8, tile * CHANNELS_PER_WARPGROUP, first_token))
+                visit(_Tile(index=index, is8=is8, first_row=tile * CHANNELS_PER_WARPGROUP, first_token=first_token))
 
             if not (self.n4 and self.n8):
                 visit_kind(not self.n4, channel_tile)
@@ -218,33 +182,8 @@ class _Kernel:
         lax.fori_loop(0, lax.div(self.num_tiles - 1 - cluster, clusters) + 1, one, None)
 
     def load_tile(self, inputs: dict[str, Ref], scratch: dict[str, Any], split: Index, tile: _Tile) -> None:
-        c, size, bits = self.config, self.group_size, "8" if tile.is8 else "4"
-        scales = self.channel_scales(tile.is8)
-
-        def load_group(group: Index, slot: Index) -> None:
-            tokens = pl.ds(tile.first_token, c.tile_tokens)
-            copies = [
-                (
-                    inputs["codes" + bits].at[group, pl.ds(tile.first_row, CHANNELS_PER_WARPGROUP)],
-                    self.code_slot(scratch, tile.is8, slot),
-                ),
-                (inputs["codes"].at[tokens, pl.ds(group * size, size)], scratch["activation_ring"].at[slot]),
-                (
-                    scales.window(inputs["scales" + bits], group, tile.first_row),
-                    scratch["channel_scale_ring"].at[slot, pl.ds(0, scales.copied)],
-                ),
-                (
-                    self.token_scales.window(inputs["token_scales"], group, tile.first_token),
-                    scratch["token_scale_ring"].at[slot],
-                ),
-            ]
-            if not tile.is8:
-                window = self.zero_points.window(inputs["zero_points4"], group, tile.first_row)
-                copies.append((window, scratch["zero_point_ring"].at[slot]))
-            for source, destination in copies:
-                plgpu.copy_gmem_to_smem(source, destination, scratch["full"].at[slot])
-            if tile.is8 and self.n4:
-                plgpu.barrier_arrive(scratch["full"].at[slot])
+        """Copy this block's share of the groups of a tile into the ring, each as soon as its slot is empty."""
+        c = self.config
 
         def load_run(index: Index, _: None) -> None:
             run = tile.index * self.runs + index
@@ -255,7 +194,8 @@ class _Kernel:
                 def _wait(offset: int = offset) -> None:
                     plgpu.barrier_wait(scratch["empty"].at[first_slot + offset])
 
-                load_group((split * self.runs + index) * c.run + offset, first_slot + offset)
+                group = (split * self.runs + index) * c.run + offset
+                self.load_group(inputs, scratch, tile, group, first_slot + offset)
 
         lax.fori_loop(0, self.runs, load_run, None)
 
@@ -268,6 +208,7 @@ class _Kernel:
         split: Index,
         tile: _Tile,
     ) -> None:
+        """Compute the warpgroup's runs of a tile, add them up with those of the others, and store the sum."""
         c, is8 = self.config, tile.is8
         emit = Emitted(self.group_size, c.tile_tokens, is8, even_tokens=self.tokens % 2 == 0)
 

@@ -19,24 +19,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import ACCUMULATOR, SCALAR, Index, Ref
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import CHANNELS_PER_WARPGROUP
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_registers import lane_position
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_registers import element, i32_constant, lane_position
 
-Index = Any
-"""An int, or a traced int32 scalar."""
-
-Ref = Any
-"""A Pallas reference."""
-
-_ACCUMULATOR = plgpu.Layout._WGMMA_ACC_32BIT
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
-_SCALAR = plgpu.Layout.WG_SPLAT(())
+"""Of one value for each channel of a fragment."""
 
 
 def push_sums(total: Any, sums: Ref, first: Index, *, remote: bool) -> None:
     """Store a tile's float32 sums at `sums[first:]`, in the shared memory of the cluster's first block if `remote`."""
 
-    @plgpu.inline_mgpu(arg_types=(_ACCUMULATOR, plgpu.RefType(), _SCALAR))
+    @plgpu.inline_mgpu(arg_types=(ACCUMULATOR, plgpu.RefType(), SCALAR))
     def emit(ctx: Any, total: fa.FragmentedArray, sums: ir.Value, first: fa.FragmentedArray) -> None:
         asm = "st.shared.v4.f32 [$0], {$1, $2, $3, $4};"
         if remote:
@@ -53,9 +47,9 @@ def push_sums(total: Any, sums: Ref, first: Index, *, remote: bool) -> None:
 def add_sums(total: Any, sums: Ref, firsts: list[Index], *, remote: bool) -> Any:
     """`total` plus the sums that were stored at `sums[first:]`, for each of `firsts` in turn."""
     tokens = total.shape[1]
-    total_type = plgpu.ShapeDtypeStruct((CHANNELS_PER_WARPGROUP, tokens), jnp.float32, _ACCUMULATOR)
+    total_type = plgpu.ShapeDtypeStruct((CHANNELS_PER_WARPGROUP, tokens), jnp.float32, ACCUMULATOR)
 
-    @plgpu.inline_mgpu(arg_types=(_ACCUMULATOR, plgpu.RefType(), *[_SCALAR] * len(firsts)), return_type=total_type)
+    @plgpu.inline_mgpu(arg_types=(ACCUMULATOR, plgpu.RefType(), *[SCALAR] * len(firsts)), return_type=total_type)
     def emit(ctx: Any, total: fa.FragmentedArray, sums: ir.Value, *firsts: fa.FragmentedArray) -> fa.FragmentedArray:
         if remote:
             _asm("fence.acq_rel.cluster;", "", [])
@@ -87,13 +81,17 @@ def load_columns(order: Ref, first_row: Index, rows: int, order_start: int) -> A
     """
     columns_type = plgpu.ShapeDtypeStruct((CHANNELS_PER_WARPGROUP,), jnp.int32, _ROWS)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR), return_type=columns_type)
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR), return_type=columns_type)
     def emit(ctx: Any, order: ir.Value, first_row: fa.FragmentedArray) -> fa.FragmentedArray:
-        columns = fa.FragmentedArray.splat(_i32(0), (CHANNELS_PER_WARPGROUP,), fa.WGMMA_ROW_LAYOUT, is_signed=True)
+        columns = fa.FragmentedArray.splat(
+            i32_constant(0), (CHANNELS_PER_WARPGROUP,), fa.WGMMA_ROW_LAYOUT, is_signed=True
+        )
         registers = columns.registers.copy()
         for half in range(2):
-            row = arith.minsi(_row(first_row, half), _i32(rows - 1))
-            pointer = utils.getelementptr(utils.memref_ptr(order), [arith.addi(row, _i32(order_start))], row.type)
+            row = arith.minsi(_row(first_row, half), i32_constant(rows - 1))
+            pointer = utils.getelementptr(
+                utils.memref_ptr(order), [arith.addi(row, i32_constant(order_start))], row.type
+            )
             registers.flat[half] = vector.broadcast(registers.flat[half].type, llvm.load(row.type, pointer))
         return fa.FragmentedArray(_registers=registers, _layout=columns.layout, _is_signed=True)
 
@@ -109,49 +107,40 @@ def store_tile(
     """
     refs = [out] if bias is None else [out, bias]
 
-    @plgpu.inline_mgpu(arg_types=(_ACCUMULATOR, _ROWS, _SCALAR, _SCALAR, *[plgpu.RefType()] * len(refs)))
+    @plgpu.inline_mgpu(arg_types=(ACCUMULATOR, _ROWS, SCALAR, SCALAR, *[plgpu.RefType()] * len(refs)))
     def emit(ctx: Any, total: Any, columns: Any, first_row: Any, first_token: Any, out: Any, *bias: Any) -> None:
         i64, f32 = ir.IntegerType.get_signless(64), ir.F32Type.get()
         num_tokens, out_features = ir.MemRefType(out.type).shape
-        element = ir.MemRefType(out.type).element_type
-        bits = ir.IntegerType.get_signless(32 if element == f32 else 16)
+        dtype = ir.MemRefType(out.type).element_type
+        bits = ir.IntegerType.get_signless(32 if dtype == f32 else 16)
         values = _elements(total)
         first_token = arith.addi(first_token.registers.item(), lane_position()[1])
         start = llvm.addrspacecast(llvm.PointerType.get(address_space=1), utils.memref_ptr(out))
         for half in range(2):
-            has_row = arith.cmpi(arith.CmpIPredicate.slt, _row(first_row, half), _i32(rows))
-            column = _element(columns.registers.flat[half])
+            has_row = arith.cmpi(arith.CmpIPredicate.slt, _row(first_row, half), i32_constant(rows))
+            column = element(columns.registers.flat[half])
             added = [llvm.load(f32, utils.getelementptr(utils.memref_ptr(ref), [column], f32)) for ref in bias]
-            column_start = utils.getelementptr(start, [arith.extsi(i64, column)], element)
+            column_start = utils.getelementptr(start, [arith.extsi(i64, column)], dtype)
             for block, lane in itertools.product(range(len(values) // 4), range(2)):
-                token = arith.addi(first_token, _i32(8 * block + lane))
-                exists = arith.andi(has_row, arith.cmpi(arith.CmpIPredicate.slt, token, _i32(num_tokens)))
+                token = arith.addi(first_token, i32_constant(8 * block + lane))
+                exists = arith.andi(has_row, arith.cmpi(arith.CmpIPredicate.slt, token, i32_constant(num_tokens)))
                 offset = arith.muli(arith.extsi(i64, token), arith.constant(i64, out_features))
                 value = values[4 * block + 2 * half + lane]
                 for term in added:
                     value = arith.addf(value, term)
-                value = llvm.bitcast(bits, value if element == f32 else arith.truncf(element, value))
+                value = llvm.bitcast(bits, value if dtype == f32 else arith.truncf(dtype, value))
                 _asm(
                     f"@$2 st.global.b{bits.width} [$0], $1;",
-                    f"l,{'r' if element == f32 else 'h'},b",
-                    [utils.getelementptr(column_start, [offset], element), value, exists],
+                    f"l,{'r' if dtype == f32 else 'h'},b",
+                    [utils.getelementptr(column_start, [offset], dtype), value, exists],
                 )
 
     emit(total, columns, first_row, first_token, *refs)
 
 
-def _i32(value: int) -> ir.Value:
-    return arith.constant(ir.IntegerType.get_signless(32), value)
-
-
-def _element(register: ir.Value) -> ir.Value:
-    """The only element of a one-element vector."""
-    return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([0]))
-
-
 def _elements(total: fa.FragmentedArray) -> list[ir.Value]:
     """The thread's float32 values."""
-    return [_element(register) for register in total.registers.flat]
+    return [element(register) for register in total.registers.flat]
 
 
 def _fours(values: list[ir.Value]) -> list[list[ir.Value]]:
@@ -167,14 +156,14 @@ def _asm(asm: str, constraints: str, operands: list[ir.Value], result: ir.Type |
 
 def _row(first_row: fa.FragmentedArray, half: int) -> ir.Value:
     """Row, among those of the bit width, of one of the thread's two channels."""
-    return arith.addi(first_row.registers.item(), arith.addi(lane_position()[0], _i32(8 * half)))
+    return arith.addi(first_row.registers.item(), arith.addi(lane_position()[0], i32_constant(8 * half)))
 
 
 def _addresses(sums: ir.Value, first: fa.FragmentedArray, total: fa.FragmentedArray) -> list[ir.Value]:
     """Where in shared memory the thread puts its values, four at a time, the threads' fours side by side."""
-    thread = arith.andi(utils.thread_idx(), _i32(utils.WARPGROUP_SIZE - 1))
-    place = arith.addi(first.registers.item(), arith.muli(thread, _i32(4)))
+    thread = arith.andi(utils.thread_idx(), i32_constant(utils.WARPGROUP_SIZE - 1))
+    place = arith.addi(first.registers.item(), arith.muli(thread, i32_constant(4)))
     pointer = utils.getelementptr(utils.memref_ptr(sums), [place], ir.F32Type.get())
     address = llvm.ptrtoint(ir.IntegerType.get_signless(32), pointer)
     blocks = total.registers.size // 4
-    return [arith.addi(address, _i32(16 * utils.WARPGROUP_SIZE * block)) for block in range(blocks)]
+    return [arith.addi(address, i32_constant(16 * utils.WARPGROUP_SIZE * block)) for block in range(blocks)]

@@ -22,7 +22,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import CHANNELS_PER_WARPGROUP
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_registers import lane_position
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_registers import element, i32_constant, lane_position
 
 MAX_ROWS = 32
 """Rows of shared memory of a warpgroup: a tile with more passes through in slices."""
@@ -67,24 +67,16 @@ class Staging:
         return -(-self.rows // VECTOR_ROWS) * VECTOR_ROWS * self.pitch
 
 
-def _i32(value: int) -> ir.Value:
-    return arith.constant(ir.IntegerType.get_signless(32), value)
-
-
 def _at(pointer: ir.Value, index: ir.Value, dtype: ir.Type) -> ir.Value:
     return utils.getelementptr(pointer, [index], dtype)
 
 
 def _less(value: ir.Value, limit: int) -> ir.Value:
-    return arith.cmpi(arith.CmpIPredicate.slt, value, _i32(limit))
+    return arith.cmpi(arith.CmpIPredicate.slt, value, i32_constant(limit))
 
 
 def _equal(value: ir.Value, other: ir.Value) -> ir.Value:
     return arith.cmpi(arith.CmpIPredicate.eq, value, other)
-
-
-def _element(vector_value: ir.Value, index: int = 0) -> ir.Value:
-    return vector.extract(vector_value, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([index]))
 
 
 def _store(pointer: ir.Value, offset: int, values: list[ir.Value], predicate: ir.Value) -> None:
@@ -103,19 +95,19 @@ def _store(pointer: ir.Value, offset: int, values: list[ir.Value], predicate: ir
 
 def _part(word: ir.Value, part: int) -> ir.Value:
     """The low or high 16 bits of a word."""
-    shifted = arith.shrui(word, _i32(16)) if part else word
+    shifted = arith.shrui(word, i32_constant(16)) if part else word
     return arith.trunci(ir.IntegerType.get_signless(16), shifted)
 
 
 def _halves(low: ir.Value, high: ir.Value, part: int) -> ir.Value:
     """A word of the low (or the high) 16 bits of two words."""
-    selector = _i32(0x7632 if part else 0x5410)
+    selector = i32_constant(0x7632 if part else 0x5410)
     return utils.inline_ptx("prmt.b32 $0, $1, $2, $3;", low, high, selector, result_types=low.type)
 
 
 def _from_lane(value: ir.Value, lane: ir.Value) -> ir.Value:
     """The value of another lane of the warp, counted modulo 32."""
-    return nvvm.shfl_sync(_i32(-1), value, lane, _i32(31), nvvm.ShflKind.idx)
+    return nvvm.shfl_sync(i32_constant(-1), value, lane, i32_constant(31), nvvm.ShflKind.idx)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,10 +153,12 @@ class Destination:
         i32 = ir.IntegerType.get_signless(32)
         utils.inline_ptx("cp.async.wait_all;", has_side_effects=True)
         thread = utils.thread_idx()
-        place = _at(utils.memref_ptr(self.columns), arith.muli(thread, _i32(2)), i32)
+        place = _at(utils.memref_ptr(self.columns), arith.muli(thread, i32_constant(2)), i32)
         pair = llvm.load(ir.VectorType.get((2,), i32), place, alignment=8)
-        first = arith.addi(self.first_row, arith.andi(thread, _i32(31)))
-        return [(_element(pair, half), _less(arith.addi(first, _i32(32 * half)), self.rows)) for half in range(2)]
+        first = arith.addi(self.first_row, arith.andi(thread, i32_constant(31)))
+        return [
+            (element(pair, half), _less(arith.addi(first, i32_constant(32 * half)), self.rows)) for half in range(2)
+        ]
 
     def pointer(self, token: ir.Value, column: ir.Value) -> ir.Value:
         """To an element of the output, `token` counted from the tile's first."""
@@ -200,11 +194,11 @@ def fetch_columns(order: ir.Value, columns: ir.Value, *, first_row: ir.Value, ro
     i32 = ir.IntegerType.get_signless(32)
     thread = utils.thread_idx()
     source = llvm.addrspacecast(llvm.PointerType.get(address_space=1), utils.memref_ptr(order))
-    place = _at(utils.memref_ptr(columns), arith.muli(thread, _i32(2)), i32)
+    place = _at(utils.memref_ptr(columns), arith.muli(thread, i32_constant(2)), i32)
     place = llvm.ptrtoint(i32, place)
     for half in range(2):
-        row = arith.addi(first_row, arith.addi(arith.andi(thread, _i32(31)), _i32(32 * half)))
-        row = arith.addi(arith.minsi(row, _i32(rows - 1)), _i32(order_start))
+        row = arith.addi(first_row, arith.addi(arith.andi(thread, i32_constant(31)), i32_constant(32 * half)))
+        row = arith.addi(arith.minsi(row, i32_constant(rows - 1)), i32_constant(order_start))
         llvm.inline_asm(
             ir.Type.parse("!llvm.void"),
             [place, _at(source, row, i32)],
@@ -224,22 +218,24 @@ def store_tile(total: fa.FragmentedArray, to: Destination, shared: ir.Value) -> 
     """
     staging = Staging(total.shape[1], to.itemsize)
     thread = utils.thread_idx()
-    lane = arith.andi(thread, _i32(31))
-    warp = arith.andi(arith.shrui(thread, _i32(5)), _i32(WARPS - 1))
+    lane = arith.andi(thread, i32_constant(31))
+    warp = arith.andi(arith.shrui(thread, i32_constant(5)), i32_constant(WARPS - 1))
     i32 = lane.type
-    base = _at(utils.memref_ptr(shared), arith.muli(arith.shrui(thread, _i32(7)), _i32(staging.words)), i32)
+    base = _at(
+        utils.memref_ptr(shared), arith.muli(arith.shrui(thread, i32_constant(7)), i32_constant(staging.words)), i32
+    )
     columns = to.columns_of_lane()
-    first_column = _from_lane(columns[0][0], _i32(0))
+    first_column = _from_lane(columns[0][0], i32_constant(0))
     whole = _whole(columns, first_column, lane, to)
     channel, token = lane_position()
     bias: list[ir.Value | None] = [None, None]
     if to.bias is not None:
         # The fragment's channels, 8 apart, are both among the first or both among the last 32.
         of_half = arith.select(_less(channel, 32), columns[0][0], columns[1][0])
-        bias = [to.bias_of(_from_lane(of_half, arith.addi(channel, _i32(8 * half)))) for half in range(2)]
+        bias = [to.bias_of(_from_lane(of_half, arith.addi(channel, i32_constant(8 * half)))) for half in range(2)]
     words = _words(total, to, bias)
-    first_row = arith.divui(token, _i32(staging.tokens_per_word))
-    write_base = _at(base, arith.addi(arith.muli(first_row, _i32(staging.pitch)), channel), i32)
+    first_row = arith.divui(token, i32_constant(staging.tokens_per_word))
+    write_base = _at(base, arith.addi(arith.muli(first_row, i32_constant(staging.pitch)), channel), i32)
     blocks = staging.rows * staging.tokens_per_word // 8
     for first_block in range(0, total.shape[1] // 8, blocks):
         last_block = min(first_block + blocks, total.shape[1] // 8)
@@ -271,7 +267,7 @@ def _words(
         By block of 8 tokens, half of 8 channels, and first of the thread's two tokens in the word.
     """
     f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
-    registers = [_element(register) for register in total.registers.flat]
+    registers = [element(register) for register in total.registers.flat]
     words: dict[tuple[int, int, int], ir.Value] = {}
     for block, half in itertools.product(range(len(registers) // 4), range(2)):
         values = registers[4 * block + 2 * half : 4 * block + 2 * half + 2]
@@ -282,7 +278,7 @@ def _words(
             continue
         pair = vector.from_elements(ir.VectorType.get((2,), f32), values)
         pair = arith.truncf(ir.VectorType.get((2,), to.dtype), pair)
-        words[block, half, 0] = _element(vector.bitcast(ir.VectorType.get((1,), i32), pair))
+        words[block, half, 0] = element(vector.bitcast(ir.VectorType.get((1,), i32), pair))
     return words
 
 
@@ -293,11 +289,11 @@ def _whole(
     elements = 16 // to.itemsize
     if to.shape[1] % elements:
         return None
-    whole = _equal(arith.andi(first_column, _i32(elements - 1)), _i32(0))
+    whole = _equal(arith.andi(first_column, i32_constant(elements - 1)), i32_constant(0))
     for half, (column, valid) in enumerate(columns):
-        in_place = _equal(column, arith.addi(first_column, arith.addi(lane, _i32(32 * half))))
+        in_place = _equal(column, arith.addi(first_column, arith.addi(lane, i32_constant(32 * half))))
         whole = arith.andi(whole, arith.andi(valid, in_place))
-    return nvvm.vote_sync(_i32(-1), whole, "all")
+    return nvvm.vote_sync(i32_constant(-1), whole, "all")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,11 +318,11 @@ class _Slice:
 
     def token(self, row: ir.Value) -> ir.Value:
         """Token at the start of a row."""
-        return arith.addi(arith.muli(row, _i32(self.staging.tokens_per_word)), _i32(self.first_token))
+        return arith.addi(arith.muli(row, i32_constant(self.staging.tokens_per_word)), i32_constant(self.first_token))
 
     def place(self, row: ir.Value, word: ir.Value) -> ir.Value:
         """Pointer to a word of a row."""
-        return _at(self.base, arith.addi(arith.muli(row, _i32(self.staging.pitch)), word), word.type)
+        return _at(self.base, arith.addi(arith.muli(row, i32_constant(self.staging.pitch)), word), word.type)
 
     def store_vectors(self, to: Destination, first_column: ir.Value) -> None:
         """Store 64 neighbouring columns, 16 bytes a lane."""
@@ -334,8 +330,10 @@ class _Slice:
         elements = 16 // to.itemsize  # channels of a lane
         lanes_per_row = CHANNELS_PER_WARPGROUP // elements
         rows_per_warp = 32 // lanes_per_row
-        row = arith.addi(arith.muli(self.warp, _i32(rows_per_warp)), arith.divui(self.lane, _i32(lanes_per_row)))
-        channel = arith.muli(arith.remui(self.lane, _i32(lanes_per_row)), _i32(elements))
+        row = arith.addi(
+            arith.muli(self.warp, i32_constant(rows_per_warp)), arith.divui(self.lane, i32_constant(lanes_per_row))
+        )
+        channel = arith.muli(arith.remui(self.lane, i32_constant(lanes_per_row)), i32_constant(elements))
         pointer = to.pointer(self.token(row), arith.addi(first_column, channel))
         first_word = self.place(row, channel)
         for first in range(0, self.rows, rows_per_warp * WARPS):
@@ -344,13 +342,13 @@ class _Slice:
             for index in range(0, elements, 4):
                 place = utils.getelementptr(first_word, [first * self.staging.pitch + index], i32)
                 four = llvm.load(ir.VectorType.get((4,), i32), place, alignment=16)
-                words += [_element(four, position) for position in range(4)]
+                words += [element(four, position) for position in range(4)]
             for part in range(self.staging.tokens_per_word):
                 values = words
                 if to.itemsize == 2:
                     values = [_halves(*pair, part) for pair in zip(words[::2], words[1::2], strict=True)]
                 token = first * self.staging.tokens_per_word + part
-                here = arith.andi(exists, to.has_token(arith.addi(self.token(row), _i32(token))))
+                here = arith.andi(exists, to.has_token(arith.addi(self.token(row), i32_constant(token))))
                 _store(pointer, token * to.shape[1] * to.itemsize, values, here)
 
     def store_elements(self, to: Destination, columns: list[tuple[ir.Value, ir.Value]]) -> None:
@@ -362,6 +360,8 @@ class _Slice:
             word = llvm.load(i32, utils.getelementptr(first_word, [row * self.staging.pitch + 32 * half], i32))
             for part in range(self.staging.tokens_per_word):
                 token = row * self.staging.tokens_per_word + part
-                here = arith.andi(columns[half][1], to.has_token(arith.addi(self.token(self.warp), _i32(token))))
+                here = arith.andi(
+                    columns[half][1], to.has_token(arith.addi(self.token(self.warp), i32_constant(token)))
+                )
                 value = _part(word, part) if to.itemsize == 2 else word
                 _store(pointers[half], token * to.shape[1] * to.itemsize, [value], here)

@@ -30,7 +30,7 @@ from pallas_kernels.activations import QuantizedActivations
 from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_unsigned_registers as unsigned
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import ACCUMULATOR, SCALAR, Emitted, Index, Ref, swizzled
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import CHANNELS_PER_WARPGROUP
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_kernel import _Kernel, _Tile
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_kernel import Kernel, Tile
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_registers import load_codes, wait_dot
 from pallas_kernels.mixed_matmul.unsigned_operands import GROUPS_OF_BLOCK, unsigned_activations
 from pallas_kernels.packing import PackedWeight
@@ -40,7 +40,7 @@ SUMS_BYTES = 128
 
 
 @dataclasses.dataclass(frozen=True)
-class UnsignedKernel(_Kernel):
+class UnsignedKernel(Kernel):
     """The kernel of one problem, on unsigned operands; a tile's tokens are one part."""
 
     @property
@@ -99,7 +99,7 @@ class UnsignedKernel(_Kernel):
             "sums_empty": plgpu.Barrier(num_arrivals=c.compute_warpgroups),
         }
 
-    def load_tile(self, inputs: dict[str, Ref], scratch: dict[str, Any], tile: _Tile) -> None:
+    def load_tile(self, inputs: dict[str, Ref], scratch: dict[str, Any], tile: Tile) -> None:
         """Copy the groups of a tile into the ring, and before each 32 of them their activation sums."""
         c, size, bits = self.config, self.group_size, "8" if tile.is8 else "4"
         scales, tokens = self.channel_scales(tile.is8), pl.ds(tile.first_token, c.tile_tokens)
@@ -142,7 +142,7 @@ class UnsignedKernel(_Kernel):
         lax.fori_loop(0, self.corrections, load_corrected, None)
 
     def compute_tile(
-        self, inputs: dict[str, Ref], out: Ref, scratch: dict[str, Any], first_channel: Index, tile: _Tile
+        self, inputs: dict[str, Ref], out: Ref, scratch: dict[str, Any], first_channel: Index, tile: Tile
     ) -> None:
         """Compute 64 channels of a tile, from `first_channel` on, and store them."""
         c, is8 = self.config, tile.is8
