@@ -124,6 +124,7 @@ def test_accuracy_table(
     rows = {row["name"]: row for row in table["rows"]}
     assert tuple(rows) == ("float", *names)
     assert rows["float"]["kl"] is None
+    assert rows["float"]["bits_per_weight"] is None
     for name in names:
         assert rows[name]["kl"] > 0
         assert 0 < rows[name]["top1_agreement"] <= 1

@@ -21,7 +21,6 @@ from mixllm_jax.quantization.salience_file import SALIENCE_FILE, SalienceScores,
 from mixllm_jax.quantization.scheme import QuantizationScheme
 
 FLOAT_ROW = "float"
-_FLOAT_BITS = 16.0
 _TOOLS = ("mixllm-jax", "jax", "flax", "numpy")
 
 
@@ -118,7 +117,8 @@ def measure_rows(
 
     Returns:
         For the float model and each row: `name`, `perplexity`, `perplexity_ratio` to float, `kl`, `top1_agreement`,
-        `bits_per_weight` of the quantised linears with scales and zero points, and `settings`.
+        `bits_per_weight` of the quantised linears with scales and zero points, and `settings`; the last two are None
+        for the float model.
     """
     loaded = {FLOAT_ROW: load(reader.path)} | {row.name: load(work_dir / row.folder) for row in rows}
     results = evaluate({name: model.model for name, model in loaded.items()}, sequences)
@@ -129,7 +129,7 @@ def measure_rows(
             {
                 **dataclasses.asdict(result),
                 "perplexity_ratio": result.perplexity / results[0].perplexity,
-                "bits_per_weight": metadata.get("quantization_report", {}).get("bits_per_weight", _FLOAT_BITS),
+                "bits_per_weight": metadata.get("quantization_report", {}).get("bits_per_weight"),
                 "settings": metadata.get("quantization"),
             }
         )
