@@ -40,7 +40,7 @@ from pallas_kernels.mixed_matmul.api import OPERATION, mixed_matmul
 from pallas_kernels.quantize_activations.api import quantize_activations
 from pallas_kernels.shapes import MODELS, parse_shape, unique_shapes
 
-TOKENS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+TOKENS = tuple(2**power for power in range(13))
 SHARES = (0.0, 0.1, 1.0)
 GROUP_SIZE = 128
 QUICK_SHAPES = ((4096, 4096), (28672, 4096))

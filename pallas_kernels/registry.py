@@ -33,7 +33,7 @@ class Operation:
 
     Attributes:
         name: As in error messages.
-        implementations: By name. Every operation has `xla`, the reference, which never refuses.
+        implementations: By name. Every operation has `xla`, the reference, which refuses no device.
         prefer: Takes the arguments of `run`; returns the names to try in order, fastest first, where `auto` is asked
             for on a GPU.
     """

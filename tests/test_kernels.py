@@ -33,10 +33,7 @@ INTERPRETED = pytest.param(
     marks=pytest.mark.skipif(registry.default_platform() != "cpu", reason="interpret mode is for a CPU"),
 )
 IMPLEMENTATIONS = ["xla", pytest.param("triton", marks=gpu)]
-if "mosaic_gpu" in matmul_api.OPERATION.implementations:
-    MATMULS = [*IMPLEMENTATIONS, pytest.param("mosaic_gpu", marks=gpu)]
-else:
-    MATMULS = IMPLEMENTATIONS
+MATMULS = [*IMPLEMENTATIONS, pytest.param("mosaic_gpu", marks=gpu)]
 OUT_ERROR = {"bfloat16": 3e-3, "float16": 4e-4, "float32": 1e-6}
 """Largest relative error of an output: its rounding, and float32 accumulation."""
 

@@ -43,7 +43,8 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]):
 
 @pytest.mark.parametrize("tokens", [1, 8, 9, 16, 33, 100, 4096])
 def test_candidates_fit_the_number_of_tokens(tokens: int):
-    for config in tune.candidates("triton", tokens):
-        assert config.tokens < 2 * max(tokens, 32)
-    for config in tune.candidates("mosaic_gpu", tokens):
-        assert config.tile_tokens < 2 * max(tokens, 8)
+    triton, mosaic = (list(tune.candidates(name, tokens)) for name in ("triton", "mosaic_gpu"))
+    assert triton
+    assert mosaic
+    assert all(config.tokens < 2 * max(tokens, 32) for config in triton)
+    assert all(config.tile_tokens < 2 * max(tokens, 8) for config in mosaic)

@@ -7,7 +7,7 @@ import pytest
 from kernel_cases import Case, assemble, make_case, relative_error
 
 from pallas_kernels import QuantizedActivations, mixed_matmul, packing, prepare_weight, registry
-from pallas_kernels.mixed_matmul.unsigned_operands import GROUP_SIZE, blocks_of, unsigned_activations
+from pallas_kernels.mixed_matmul.unsigned_operands import GROUP_SIZE, corrections_of, unsigned_activations
 
 
 def extreme_case(code4: int, code8: int, activation: int, tokens: int = 3, groups: int = 2) -> Case:
@@ -29,8 +29,8 @@ def extreme_case(code4: int, code8: int, activation: int, tokens: int = 3, group
 
 CASES = {
     "one group": make_case(2, 5, 128, GROUP_SIZE, 0.4),
-    "a block": make_case(5, 12, 32 * 128, GROUP_SIZE, 0.25),
-    "just over a block": make_case(4, 10, 33 * 128, GROUP_SIZE, 0.5),
+    "one correction": make_case(5, 12, 32 * 128, GROUP_SIZE, 0.25),
+    "just over one correction": make_case(4, 10, 33 * 128, GROUP_SIZE, 0.5),
     "only 4 bits": make_case(3, 6, 256, GROUP_SIZE, 0.0),
     "only 8 bits": make_case(3, 6, 256, GROUP_SIZE, 1.0),
     "largest sums": extreme_case(15, 127, 127),
@@ -61,14 +61,14 @@ def unsigned_weight(weight: packing.PackedWeight) -> tuple[np.ndarray, ...]:
 
 
 def split_operand(activations: QuantizedActivations) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes `[tokens, k]`, hi and mid `[tokens, groups of all blocks]` in what `unsigned_activations` gives."""
+    """Codes `[tokens, k]`, hi and mid `[tokens, 32 * corrections]` in what `unsigned_activations` gives."""
     operand = np.asarray(unsigned_activations(activations))
     k = activations.in_features
-    blocks = blocks_of(k // GROUP_SIZE)
+    corrections = corrections_of(k // GROUP_SIZE)
     assert operand.dtype == np.uint8
-    assert operand.shape == (activations.tokens, k + 128 * blocks)
-    behind = np.ascontiguousarray(operand[:, k:]).view(jnp.bfloat16).reshape(-1, blocks, 2, 32)
-    return operand[:, :k], behind[:, :, 0].reshape(-1, 32 * blocks), behind[:, :, 1].reshape(-1, 32 * blocks)
+    assert operand.shape == (activations.tokens, k + 128 * corrections)
+    behind = np.ascontiguousarray(operand[:, k:]).view(jnp.bfloat16).reshape(-1, corrections, 2, 32)
+    return operand[:, :k], behind[:, :, 0].reshape(-1, 32 * corrections), behind[:, :, 1].reshape(-1, 32 * corrections)
 
 
 def group_dots(unsigned_activation_codes: np.ndarray, codes: np.ndarray) -> np.ndarray:
@@ -130,7 +130,9 @@ def through_denormals(case: Case) -> np.ndarray:
     return out.T
 
 
-@pytest.mark.parametrize("name", ["one group", "a block", "just over a block", "only 4 bits", "only 8 bits"])
+@pytest.mark.parametrize(
+    "name", ["one group", "one correction", "just over one correction", "only 4 bits", "only 8 bits"]
+)
 def test_float32_through_denormals_is_close_to_exact(name: str):
     case = CASES[name]
     assert relative_error(through_denormals(case), case.expected) < 1e-4

@@ -1,4 +1,4 @@
-"""`mixed_matmul` and `quantized_linear` check their arguments and pick an implementation; `prepare_weight` helps it."""
+"""`mixed_matmul` and `quantized_linear`: check their arguments, pick an implementation; `prepare_weight` before them."""
 
 from __future__ import annotations
 
@@ -50,11 +50,12 @@ def mixed_matmul(
     """Quantised linear layer: `[tokens, out_features]` of `activations @ weight.T + bias`.
 
     Y[m, n] = sum over groups g of  s_a[g, m] * s_w[g, n] * sum over k in g of A[m, k] * (W[n, k] - z[g, n])
-    (MixLLM, section 4.1); the inner sum is exact, the outer one is in float32.
+    (MixLLM, section 4.1). The inner sum is exact, the outer one is in float32; with the sums of the codes in the weight
+    (`prepare_weight`) and many tokens, a Hopper GPU takes off the terms of the zero points z with 16 significant bits.
 
     Args:
-        activations: `[tokens, in_features]`, quantised with the weight's group size.
-        weight: `[out_features, in_features]`.
+        activations: int8 codes `[tokens, in_features]`, quantised with the weight's group size.
+        weight: `[out_features, in_features]`, with sums of its codes or without.
         bias: Float `[out_features]`, or None.
         out_dtype: bfloat16, float16 or float32.
         implementation: `auto`, or a name from the registry.
@@ -96,6 +97,10 @@ def prepare_weight(weight: PackedWeight, implementation: str = "auto") -> Packed
     To be called once where a weight is put on the device: on a Hopper GPU, a weight in groups of 128 gets the sums of
     its codes (`packing.with_code_sums`, 3 % of its size), for the kernel that multiplies unsigned bytes. Elsewhere, and
     where another implementation is asked for, it comes back as it is. `mixed_matmul` takes either.
+
+    Args:
+        weight: Of NumPy or JAX arrays; the sums are of the same kind.
+        implementation: That the weight is for: `auto`, or a name from the registry.
     """
     if implementation not in ("auto", "mosaic_gpu") or weight.group_size != unsigned_operands.GROUP_SIZE:
         return weight

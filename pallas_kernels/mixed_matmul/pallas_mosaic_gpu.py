@@ -32,7 +32,8 @@ def mixed_matmul(
 ) -> jax.Array:
     """The mixed matmul in one launch; `config` overrides the tuned choice.
 
-    With unsigned operands (many tokens) a pass over the activations goes before it.
+    With unsigned operands (many tokens) a pass over the activations goes before it; a weight without the sums of its
+    codes, or in other groups than those of 128, takes the signed ones in tiles of the same size.
     """
     # Imports slowly, and not everywhere.
     from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_kernel, pallas_mosaic_gpu_split
@@ -62,12 +63,13 @@ def refuses(
     if registry.default_platform() != "gpu" or capability is None:
         return f"it needs an NVIDIA GPU, and JAX's default device is a {registry.default_platform()}"
     if capability != COMPUTE_CAPABILITY:
-        return f"it is written for Hopper GPUs (compute capability 9.0), this GPU has {capability}"
+        return f"it is written for Hopper GPUs (compute capability {COMPUTE_CAPABILITY}), this GPU has {capability}"
     if 0 in (activations.tokens, weight.out_features):
         return "there is nothing to compute"
     if weight.group_size not in GROUP_SIZES:
         return f"it takes groups of {GROUP_SIZES}, not {weight.group_size}"
     tokens, in_features, out_features = activations.tokens, weight.in_features, weight.out_features
+    # Unsigned activations have 128 bytes more for every 32 groups: at most twice the codes.
     elements = max(out_features * in_features, 2 * tokens * in_features, tokens * out_features)
     if elements >= MAX_ELEMENTS:
         return f"it addresses arrays of fewer than {MAX_ELEMENTS} elements, and one here may have {elements}"

@@ -78,6 +78,10 @@ class MosaicGpuConfig:
         return self.compute_warpgroups * CHANNELS_PER_WARPGROUP
 
 
+_UNSIGNED: dict[str, Any] = {"stages": 4, "unroll": 4, "parts": 1, "unsigned": True}
+"""The ring of tiles with unsigned operands."""
+
+
 def default(problem: Problem) -> MosaicGpuConfig:
     """What the tuned cases have in common: narrow tiles where there are too few to keep all multiprocessors busy."""
 
@@ -94,10 +98,6 @@ def default(problem: Problem) -> MosaicGpuConfig:
     if tiles(128, 128) <= MULTIPROCESSORS * 3 // 4:
         return MosaicGpuConfig(64, 2, 8, 4, parts=1)
     return MosaicGpuConfig()
-
-
-_UNSIGNED: dict[str, Any] = {"stages": 4, "unroll": 4, "parts": 1, "unsigned": True}
-"""The ring of a tile of 128 tokens with unsigned operands."""
 
 
 def candidates(tokens: int) -> list[MosaicGpuConfig]:

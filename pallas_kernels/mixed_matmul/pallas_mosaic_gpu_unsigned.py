@@ -32,7 +32,7 @@ from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import ACCUMULATOR, SCA
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import CHANNELS_PER_WARPGROUP
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_kernel import Kernel, Tile
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_registers import load_codes, wait_dot
-from pallas_kernels.mixed_matmul.unsigned_operands import GROUPS_OF_BLOCK, unsigned_activations
+from pallas_kernels.mixed_matmul.unsigned_operands import GROUPS_OF_CORRECTION, corrections_of, unsigned_activations
 from pallas_kernels.packing import PackedWeight
 
 SUMS_BYTES = 128
@@ -65,13 +65,13 @@ class UnsignedKernel(Kernel):
     @property
     def corrections(self) -> int:
         """Times that zero points are taken off a tile, each time those of the next 32 groups."""
-        return pl.cdiv(self.num_groups, GROUPS_OF_BLOCK)
+        return corrections_of(self.num_groups)
 
     def blocks_of(self, correction: Index) -> tuple[Index, Index]:
         """The first block whose zero points a correction takes off, and the one behind the last."""
         if self.corrections == 1:
             return 0, self.num_blocks
-        blocks = GROUPS_OF_BLOCK // self.unroll
+        blocks = GROUPS_OF_CORRECTION // self.unroll
         return correction * blocks, jnp.minimum((correction + 1) * blocks, self.num_blocks)
 
     def operands(self, activations: QuantizedActivations, weight: PackedWeight) -> dict[str, jax.Array]:
@@ -151,6 +151,7 @@ class UnsignedKernel(Kernel):
         emit.fetch_columns(inputs["order"], scratch["columns"], first_row, rows, self.n4 if is8 else 0)
 
         def wait_and_load(slot: Index) -> Any:
+            """Wait for a stage and read its codes, ready for the dot."""
             plgpu.barrier_wait(scratch["full"].at[slot])
             codes = self.code_slot(scratch, is8, slot).at[pl.ds(first_channel, CHANNELS_PER_WARPGROUP)]
             return emit.load_codes(codes)
@@ -184,7 +185,7 @@ class UnsignedKernel(Kernel):
         def add_corrected(correction: Index, total: Any) -> Any:
             plgpu.barrier_wait(scratch["sums_full"])
             channels = [inputs["scales8"]] if is8 else [inputs["scales4"], inputs["zero_points4"]]
-            first_group = jnp.int32(correction * GROUPS_OF_BLOCK)
+            first_group = jnp.int32(correction * GROUPS_OF_CORRECTION)
             shape = (self.num_groups, rows)
             total = emit.subtract_zero_points(
                 total, scratch["activation_sums"], channels, first_row, first_group, shape

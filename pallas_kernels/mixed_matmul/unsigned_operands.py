@@ -15,13 +15,14 @@ from pallas_kernels.activations import QuantizedActivations
 
 GROUP_SIZE = 128
 """The group size for which these operands are made."""
-GROUPS_OF_BLOCK = 32
-"""Groups whose terms of the zero points make up one block of `unsigned_activations`: as many bytes as a group."""
+
+GROUPS_OF_CORRECTION = 32
+"""Groups whose zero points are taken off together: their terms have as many bytes as the codes of a group."""
 
 
-def blocks_of(num_groups: int) -> int:
-    """Blocks behind the codes."""
-    return -(-num_groups // GROUPS_OF_BLOCK)
+def corrections_of(num_groups: int) -> int:
+    """Times that zero points are taken off, each time those of the next 32 groups."""
+    return -(-num_groups // GROUPS_OF_CORRECTION)
 
 
 @jax.jit
@@ -36,9 +37,9 @@ def unsigned_activations(activations: QuantizedActivations) -> jax.Array:
         activations: Groups of 128.
 
     Returns:
-        uint8 `[tokens, in_features + 128 * blocks]`, blocks = ceil(num_groups / 32): first the codes plus 128; then, of
-        every 32 groups, 128 bytes with 64 little-endian bfloat16: hi of the 32 groups, mid of the 32 groups. Groups
-        that do not exist are 0.
+        uint8 `[tokens, in_features + 128 * corrections]`, corrections = ceil(num_groups / 32): first the codes plus
+        128; then, of every 32 groups, 128 bytes with 64 little-endian bfloat16: hi of the 32 groups, mid of the 32
+        groups. Groups that do not exist are 0.
 
     Raises:
         ValueError: Another group size.
@@ -46,21 +47,22 @@ def unsigned_activations(activations: QuantizedActivations) -> jax.Array:
     if activations.group_size != GROUP_SIZE:
         raise ValueError(f"unsigned operands are for groups of {GROUP_SIZE}, not {activations.group_size}")
     tokens, groups = activations.tokens, activations.in_features // GROUP_SIZE
-    blocks = blocks_of(groups)
+    corrections = corrections_of(groups)
     # Two codes an element, the size of a bfloat16. Made at the full width, so that one pass over the codes writes them
     # and adds them up (the barrier keeps XLA from making two of it); then what comes behind is written in place.
     pairs = jax.lax.bitcast_convert_type(activations.codes.reshape(tokens, groups, -1, 2), jnp.uint16)
-    pairs = jnp.pad(pairs, ((0, 0), (0, blocks), (0, 0)))
+    pairs = jnp.pad(pairs, ((0, 0), (0, corrections), (0, 0)))
     sums = jnp.sum(_signed(pairs & 0xFF) + _signed(pairs >> 8), axis=-1, dtype=jnp.int32)
     sums, unsigned = jax.lax.optimization_barrier((sums, pairs ^ np.uint16(0x8080)))
 
     r = sums[:, :groups].astype(jnp.float32) * activations.scales.T
-    r = jnp.pad(r, ((0, 0), (0, blocks * GROUPS_OF_BLOCK - groups))).reshape(tokens, blocks, 1, GROUPS_OF_BLOCK)
+    r = jnp.pad(r, ((0, 0), (0, corrections * GROUPS_OF_CORRECTION - groups)))
+    r = r.reshape(tokens, corrections, 1, GROUPS_OF_CORRECTION)
     high = _round_to_bfloat16(r)
     is_high = jnp.arange(2)[:, None] == 0
     halves = jnp.where(is_high, high, _round_to_bfloat16(r - high))
     bits = (jax.lax.bitcast_convert_type(halves, jnp.uint32) >> 16).astype(jnp.uint16)
-    unsigned = unsigned.at[:, groups:].set(bits.reshape(tokens, blocks, GROUP_SIZE // 2))
+    unsigned = unsigned.at[:, groups:].set(bits.reshape(tokens, corrections, GROUP_SIZE // 2))
     return jax.lax.bitcast_convert_type(unsigned, jnp.uint8).reshape(tokens, -1)
 
 
