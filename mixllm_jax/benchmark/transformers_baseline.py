@@ -200,6 +200,7 @@ def main() -> None:
         sys.stderr.flush()
         os._exit(1)
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every process; the parent says so, once
     signal.signal(signal.SIGALRM, give_up)
     signal.alarm(TIME_LIMIT)
     try:

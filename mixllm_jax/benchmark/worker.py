@@ -10,6 +10,7 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import json
+import signal
 import statistics
 import sys
 import time
@@ -230,6 +231,7 @@ def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled | None:
 
 def main() -> None:
     """Runs the plan given as the only argument."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every process; the parent says so, once
     plan = Plan.from_json(sys.argv[1])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     began = time.monotonic()
