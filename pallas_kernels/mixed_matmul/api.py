@@ -1,4 +1,4 @@
-"""`mixed_matmul` and `quantized_linear` check their arguments and pick an implementation; `prepare_weight` is for both."""
+"""`mixed_matmul` and `quantized_linear` check their arguments and pick an implementation; `prepare_weight` helps it."""
 
 from __future__ import annotations
 
