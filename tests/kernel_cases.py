@@ -2,7 +2,9 @@
 
 import dataclasses
 
+import jax
 import numpy as np
+import pytest
 
 from pallas_kernels import PackedWeight, QuantizedActivations
 from pallas_kernels.packing import pack
@@ -89,6 +91,14 @@ def assemble(
     x = activation_codes * spread(activation_scales.T)
     expected[:, order] = x @ np.concatenate([rows4, rows8]).T
     return Case(activations, weight, bias, expected if bias is None else expected + bias.astype(np.float64))
+
+
+def require_hopper() -> None:
+    """Skip where the Hopper kernels cannot run, for a test that is marked `gpu`."""
+    if jax.devices()[0].compute_capability != "9.0":
+        pytest.skip("the kernel is for Hopper GPUs")
+    if jax.__version_info__ < (0, 11):
+        pytest.skip("the kernel needs JAX 0.11 or later, and says so")
 
 
 def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:

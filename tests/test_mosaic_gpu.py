@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_cases import assemble, make_case, relative_error
+from kernel_cases import assemble, make_case, relative_error, require_hopper
 
 from pallas_kernels.activations import QuantizedActivations
 from pallas_kernels.mixed_matmul import configs, pallas_mosaic_gpu, pallas_mosaic_gpu_config
@@ -162,8 +162,7 @@ def test_lowers_without_a_gpu(config: MosaicGpuConfig, sizes: tuple[int, int, in
     ids=str,
 )
 def test_configurations(config: MosaicGpuConfig, sizes: tuple[int, int, int, int, float]):
-    if jax.devices()[0].compute_capability != "9.0":
-        pytest.skip("the kernel is for Hopper GPUs")
+    require_hopper()
     case = make_case(*sizes, bias=True)
     arguments = jax.tree.map(jnp.asarray, (case.activations, with_sums(case.weight), case.bias))
     out = pallas_mosaic_gpu.mixed_matmul(*arguments, out_dtype="float32", config=config)
@@ -174,8 +173,7 @@ def test_configurations(config: MosaicGpuConfig, sizes: tuple[int, int, int, int
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[-1]], ids=str)
 def test_tiles_of_both_kinds_follow_each_other(config: MosaicGpuConfig):
     """More tiles than multiprocessors, so that slots of the ring pass from 4-bit to 8-bit channels and back."""
-    if jax.devices()[0].compute_capability != "9.0":
-        pytest.skip("the kernel is for Hopper GPUs")
+    require_hopper()
     case = make_case(1500, 3001, 512, 128, 0.3, bias=True)
     arguments = jax.tree.map(jnp.asarray, (case.activations, with_sums(case.weight), case.bias))
     run = jax.jit(lambda *arguments: pallas_mosaic_gpu.mixed_matmul(*arguments, out_dtype="float32", config=config))
@@ -189,8 +187,7 @@ def test_tiles_of_both_kinds_follow_each_other(config: MosaicGpuConfig):
 @pytest.mark.parametrize(("activation", "code4", "zero_point", "code8"), [(127, 15, 0, 127), (-127, 0, 15, -128)])
 def test_unsigned_dots_at_their_limits(activation: int, code4: int, zero_point: int, code8: int):
     """255 x 255 x 128 is the largest integer whose bits have to be a denormal float."""
-    if jax.devices()[0].compute_capability != "9.0":
-        pytest.skip("the kernel is for Hopper GPUs")
+    require_hopper()
     m, n4, n8, groups = 130, 70, 60, 3
     case = assemble(
         activation_codes=np.full((m, 128 * groups), activation),

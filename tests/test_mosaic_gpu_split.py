@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from kernel_cases import make_case, relative_error
+from kernel_cases import make_case, relative_error, require_hopper
 
 from pallas_kernels.mixed_matmul import pallas_mosaic_gpu, pallas_mosaic_gpu_split_config
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_config import MosaicGpuSplitConfig
@@ -68,8 +68,7 @@ def test_lowers_without_a_gpu(config: MosaicGpuSplitConfig, sizes: tuple[int, in
     ids=str,
 )
 def test_configurations(config: MosaicGpuSplitConfig, sizes: tuple[int, int, int, int, float]):
-    if jax.devices()[0].compute_capability != "9.0":
-        pytest.skip("the kernel is for Hopper GPUs")
+    require_hopper()
     case = make_case(*sizes, bias=True)
     arguments = jax.tree.map(jnp.asarray, (case.activations, case.weight, case.bias))
     run = jax.jit(lambda *arguments: pallas_mosaic_gpu.mixed_matmul(*arguments, out_dtype="float32", config=config))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_cases import Case, make_case
+from kernel_cases import Case, make_case, require_hopper
 
 from pallas_kernels.mixed_matmul import pallas_mosaic_gpu, pallas_mosaic_gpu_config
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MosaicGpuConfig
@@ -51,8 +51,7 @@ def reordered(case: Case, order: np.ndarray) -> Case:
 
 def check(case: Case, config: MosaicGpuConfig, out_dtype: str, bias: bool) -> None:
     """Every element of the output is there and right, though the memory it lands in was full of NaN."""
-    if jax.devices()[0].compute_capability != "9.0":
-        pytest.skip("the kernel is for Hopper GPUs")
+    require_hopper()
     added = np.random.default_rng(1).standard_normal(case.weight.out_features).astype(np.float32) if bias else None
     arguments = jax.tree.map(jnp.asarray, (case.activations, case.weight, added))
     run = jax.jit(lambda *arguments: pallas_mosaic_gpu.mixed_matmul(*arguments, out_dtype=out_dtype, config=config))

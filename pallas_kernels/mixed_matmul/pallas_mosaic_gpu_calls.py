@@ -78,13 +78,11 @@ class Emitted:
     Attributes:
         group_size: Input channels of a dot.
         tokens: Tokens of a dot.
-        is8: 8-bit channels, not 4-bit ones.
         even_tokens: The number of tokens of the whole problem is even, so that pairs of scales are aligned.
     """
 
     group_size: int
     tokens: int
-    is8: bool
     even_tokens: bool
 
     @property

@@ -224,7 +224,7 @@ class Kernel(ring.RingKernel):
         """Compute 64 channels of a tile, from `first_channel` on, and store them."""
         c, is8 = self.config, tile.is8
         part_tokens = c.tile_tokens // c.parts
-        emit = Emitted(self.group_size, part_tokens, is8, even_tokens=self.tokens % 2 == 0)
+        emit = Emitted(self.group_size, part_tokens, even_tokens=self.tokens % 2 == 0)
         first_row, rows = tile.first_row + first_channel, self.n8 if is8 else self.n4
         emit.fetch_columns(inputs["order"], scratch["columns"], first_row, rows, self.n4 if is8 else 0)
 

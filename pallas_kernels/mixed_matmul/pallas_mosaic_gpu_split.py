@@ -210,7 +210,7 @@ class _Kernel(ring.RingKernel):
     ) -> None:
         """Compute the warpgroup's runs of a tile, add them up with those of the others, and store the sum."""
         c, is8 = self.config, tile.is8
-        emit = Emitted(self.group_size, c.tile_tokens, is8, even_tokens=self.tokens % 2 == 0)
+        emit = Emitted(self.group_size, c.tile_tokens, even_tokens=self.tokens % 2 == 0)
 
         def wait_and_load(group: Index, slot: Index) -> Any:
             plgpu.barrier_wait(scratch["full"].at[slot])

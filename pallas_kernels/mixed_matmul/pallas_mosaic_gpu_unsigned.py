@@ -146,7 +146,7 @@ class UnsignedKernel(Kernel):
     ) -> None:
         """Compute 64 channels of a tile, from `first_channel` on, and store them."""
         c, is8 = self.config, tile.is8
-        emit = _UnsignedEmitted(self.group_size, c.tile_tokens, is8, even_tokens=self.tokens % 2 == 0)
+        emit = _UnsignedEmitted(self.group_size, c.tile_tokens, even_tokens=self.tokens % 2 == 0, is8=is8)
         first_row, rows = tile.first_row + first_channel, self.n8 if is8 else self.n4
         emit.fetch_columns(inputs["order"], scratch["columns"], first_row, rows, self.n4 if is8 else 0)
 
@@ -200,7 +200,13 @@ class UnsignedKernel(Kernel):
 
 @dataclasses.dataclass(frozen=True)
 class _UnsignedEmitted(Emitted):
-    """The register-level pieces of one tile, as calls from Pallas."""
+    """The register-level pieces of one tile, as calls from Pallas.
+
+    Attributes:
+        is8: 8-bit channels, not 4-bit ones.
+    """
+
+    is8: bool
 
     def load_codes(self, codes: Ref) -> Any:
         """Codes of a stage, ready for the dot."""
