@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import json
 import math
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mixllm_jax.benchmark.runner import versions
 from mixllm_jax.loading import LoadedModel, load
 from mixllm_jax.models.cache import KVCache
 
@@ -196,7 +198,8 @@ def main() -> None:
         "device": jax.devices()[0].device_kind,
         "dtype": str(loaded.model.embedding.dtype),
         "kv_bits": arguments.kv_bits,
-        "jax": jax.__version__,
+        "versions": versions(),
+        "command": shlex.join(["python", "-m", "mixllm_jax.evaluation.same_text", *sys.argv[1:]]),
     }
     if arguments.action == "write":
         texts = [dataclasses.asdict(text) for text in write(loaded, arguments.length)]
