@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from mixllm_jax.benchmark import runner
-from mixllm_jax.benchmark.cases import Plan, Results
+from mixllm_jax.benchmark.cases import Plan, Results, format_table
 from mixllm_jax.cli.main import main
 from mixllm_jax.errors import OptionError
 
@@ -109,3 +109,15 @@ def test_float_weights_have_one_name_in_the_results(tmp_path, monkeypatch):
     assert main([*command, "--schemes", "BF16,W8A8"]) == 0
     assert [(plan.scheme, plan.lm_head_bits) for plan in plans] == [("bf16", 16), ("W8A8", 8)]
     assert main([*command, "--schemes", ","]) == 1
+
+
+def test_a_failed_case_says_so_until_it_is_measured_again(tmp_path):
+    plan = Plan("m", "bf16", (64,), (512,), ())
+    results = Results(tmp_path / "out.json", runner.header("test"))
+    for row in ({"decode_tokens_per_s": 7.0}, {"error": "out of memory"}, {"peak_memory_gb": 3.0}):
+        results.add(plan.row(64, 512, **row))
+        (stored,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+        assert {name: value for name, value in stored.items() if name in row} == row
+        assert ("error" in stored) == ("error" in row)
+        assert (stored["decode_tokens_per_s"] == 7.0) == ("decode_tokens_per_s" in row)
+        assert ("out of memory" in format_table(results.rows)) == ("error" in row)

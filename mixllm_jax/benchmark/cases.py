@@ -54,7 +54,7 @@ class Plan:
         return cls(**values)
 
     def row(self, batch: int, context: int, **measured: Any) -> dict[str, Any]:
-        """A row of the results; what was not measured is null."""
+        """A row of the results; what was not measured is null, and where measuring failed, `error` says why."""
         return {
             "model": Path(self.model).name,
             "scheme": self.scheme,
@@ -91,10 +91,14 @@ class Results:
         self.profiles: list[dict[str, Any]] = stored.get("profiles", [])
 
     def add(self, row: dict[str, Any]) -> None:
-        """Stores a row; values that are null in it keep what an earlier one of this run found."""
+        """Stores a row; values that are null in it keep what an earlier one of this run found.
+
+        A case that failed keeps nothing, and its `error` ends with the next row of the case.
+        """
         key = tuple(row.get(name) for name in KEY)
         older = [old for old in self.rows if tuple(old.get(name) for name in KEY) == key]
-        kept = {name: value for name, value in older[0].items() if row.get(name) is None} if older else {}
+        keeps = older and "error" not in row and "error" not in older[0]
+        kept = {name: value for name, value in older[0].items() if row.get(name) is None} if keeps else {}
         self.rows = [old for old in self.rows if old not in older] + [row | kept]
         self.rows.sort(key=lambda row: [(row[name] is None, str(row[name]).zfill(8)) for name in KEY])
         self._write()
@@ -128,6 +132,8 @@ def format_table(rows: list[dict[str, Any]]) -> str:
         "time_to_first_token_ms": "first token ms",
         "peak_memory_gb": "peak GB",
     }
+    if any("error" in row for row in rows):
+        columns["error"] = "error"
 
     def cell(value: Any) -> str:
         if value is None:

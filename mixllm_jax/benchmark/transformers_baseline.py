@@ -22,9 +22,12 @@ from mixllm_jax.models.config import ModelConfig
 from mixllm_jax.models.presets import preset
 from pallas_kernels.kv_cache import bytes_per_position
 
-PROMPT = 512
-"""Tokens of the prompts; decoding is timed from there on."""
-_NEW_TOKENS = 64
+CONTEXT = 512
+"""Positions of the cache, and tokens of the prompt whose first token is timed, as in our own rows of this context."""
+TIMED_STEPS = 128
+"""The last steps before the cache is full are timed, as in ours."""
+_FIRST_STEPS = 16
+"""Steps before these: where a CUDA graph has to be recorded anew, it is in them."""
 _REPEATS = 2
 TIME_LIMIT = 220
 """Seconds for all batches: each is a compilation of its own, and one that hangs must not cost the rows before it."""
@@ -32,9 +35,9 @@ TIME_LIMIT = 220
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds to the first token of each row, and seconds of a decode step."""
+    """Seconds to the first token of a prompt, where there is one row, and seconds of a decode step."""
 
-    first_token: float
+    first_token: float | None
     step: float
 
 
@@ -51,11 +54,13 @@ class TokenTimes:
     def end(self) -> None:
         """Called after the last step."""
 
-    def timing(self) -> Timing:
-        """The prompt's time to the first token, and the average of the second half of the steps after it."""
-        prompt, first, *steps = self.times
-        late = steps[(len(steps) - 1) // 2 :]  # where a CUDA graph has to be recorded anew, it is in the first steps
-        return Timing(first - prompt, (late[-1] - late[0]) / (len(late) - 1))
+    def first_token(self) -> float:
+        """Seconds from the prompt to its first token."""
+        return self.times[1] - self.times[0]
+
+    def step(self, timed: int) -> float:
+        """Seconds of a step, the average of the last `timed` ones."""
+        return (self.times[-1] - self.times[-1 - timed]) / timed
 
 
 def transformers_config(config: ModelConfig) -> Any:
@@ -101,36 +106,51 @@ def build(config: ModelConfig, device: str) -> Any:
     return model
 
 
-def measure(model: Any, batch: int, *, prompt: int = PROMPT, new_tokens: int = _NEW_TOKENS) -> Timing:
-    """Times greedy `generate` with a static cache, which compiles its decode step on a GPU; medians after a warm-up."""
+def measure(model: Any, batch: int, *, context: int = CONTEXT, timed: int = TIMED_STEPS) -> Timing:
+    """Times greedy `generate` with a static cache, which compiles its decode step on a GPU; medians after a warm-up.
+
+    Args:
+        model: From `build`.
+        batch: Rows.
+        context: Positions of the cache. The prompt is so long that generating fills it; that of the first token, which
+            is timed alone and for one row only, has as many tokens.
+        timed: Steps whose average counts.
+    """
+    from transformers import StaticCache
+
+    new_tokens = timed + _FIRST_STEPS
+    # One cache for all calls: the compiled step and its CUDA graph know its arrays.
+    cache = StaticCache(config=model.config, max_cache_len=context)
+    runs = [_generate(model, batch, context - new_tokens, new_tokens, cache) for _ in range(2 + _REPEATS)]
+    step = statistics.median(run.step(timed) for run in runs[2:])  # the first compiles, the second records what is left
+    if batch > 1:
+        return Timing(None, step)
+    del cache, runs
+    cache = StaticCache(config=model.config, max_cache_len=context + 1)
+    prompts = [_generate(model, batch, context, 1, cache).first_token() for _ in range(1 + _REPEATS)]
+    return Timing(statistics.median(prompts[1:]), step)
+
+
+def _generate(model: Any, batch: int, prompt: int, new_tokens: int, cache: Any) -> TokenTimes:
+    """One call of `generate` with random prompts."""
     import torch
-    from transformers import CompileConfig, StaticCache
+    from transformers import CompileConfig
 
     tokens = torch.randint(0, model.config.vocab_size, (batch, prompt), device=model.device)
-    # One cache for all calls: the compiled step and its CUDA graph know its arrays.
-    cache = StaticCache(config=model.config, max_cache_len=prompt + new_tokens)
-    compiled = model.device.type == "cuda"
-
-    def once() -> Timing:
-        streamer = TokenTimes()
-        cache.reset()
-        model.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            do_sample=False,
-            past_key_values=cache,
-            # Fixed shapes: with the default, another batch size would compile a slower program for any batch size.
-            **({"compile_config": CompileConfig(dynamic=False)} if compiled else {}),
-            streamer=streamer,
-        )
-        return streamer.timing()
-
-    once()  # compiles
-    once()  # what is left to record
-    timings = [once() for _ in range(_REPEATS)]
-    return Timing(*(statistics.median(values) for values in zip(*map(dataclasses.astuple, timings), strict=True)))
+    times = TokenTimes()
+    cache.reset()
+    model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        past_key_values=cache,
+        # Fixed shapes: with the default, another batch size would compile a slower program for any batch size.
+        **({"compile_config": CompileConfig(dynamic=False)} if model.device.type == "cuda" else {}),
+        streamer=times,
+    )
+    return times
 
 
 def row(
@@ -140,18 +160,19 @@ def row(
     layers = sum(math.prod(config.linear_shape(name)) for name in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"))
     weights = 2 * (config.num_layers * layers + config.vocab_size * config.hidden_size)
     position = config.num_layers * bytes_per_position(config.num_kv_heads, config.head_dim, "float16")
-    step_bytes = weights + batch * (PROMPT + _NEW_TOKENS // 2) * position
+    step_bytes = weights + batch * (CONTEXT - TIMED_STEPS // 2) * position
     return plan.row(
         batch,
-        PROMPT,
+        CONTEXT,
         decode_tokens_per_s=round(batch / timing.step, 1),
-        time_to_first_token_ms=round(1e3 * timing.first_token, 2) if batch == 1 else None,
+        time_to_first_token_ms=None if timing.first_token is None else round(1e3 * timing.first_token, 2),
         peak_memory_gb=round(memory / 1e9, 3),
         roofline_share=round(step_bytes / bandwidth / timing.step, 4) if bandwidth else None,
     )
 
 
-def _measure_batches(model_name: str, batches: Sequence[int], bandwidth: float | None) -> None:
+def _measure_batches(model_name: str, batches: Sequence[int], bandwidth: float | None) -> int:
+    """Prints a row for each batch, also where its memory did not suffice; returns how many of them failed."""
     import torch
 
     config, began = preset(model_name), time.monotonic()
@@ -162,18 +183,22 @@ def _measure_batches(model_name: str, batches: Sequence[int], bandwidth: float |
     plan = Plan(model_name, "transformers bf16", (), (), ())
     model = build(config, "cuda")
     note("weights there")
+    failed = 0
     for batch in batches:
         torch.cuda.reset_peak_memory_stats()
         try:
             timing = measure(model, batch)
         except torch.cuda.OutOfMemoryError as error:  # one case must not cost the others their figures
             note(f"batch {batch} failed: {str(error)[:300]}")
+            print(json.dumps({"row": plan.row(batch, CONTEXT, error="out of device memory")}), flush=True)
+            failed += 1
             continue
         measured = row(plan, config, batch, timing, torch.cuda.max_memory_allocated(), bandwidth)
         print(json.dumps({"row": measured}), flush=True)
         note(f"batch {batch} done")
         torch.compiler.reset()  # gives back the memory of its CUDA graphs
         torch.cuda.empty_cache()
+    return failed
 
 
 def require_torch() -> None:
@@ -205,9 +230,10 @@ def main() -> None:
     signal.alarm(TIME_LIMIT)
     try:
         require_torch()
-        _measure_batches(settings["model"], settings["batches"], settings.get("read_bandwidth"))
+        failed = _measure_batches(settings["model"], settings["batches"], settings.get("read_bandwidth"))
     except MixLLMError as error:
         raise SystemExit(str(error)) from error
+    raise SystemExit(1 if failed else 0)
 
 
 if __name__ == "__main__":

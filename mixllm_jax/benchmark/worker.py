@@ -249,11 +249,14 @@ def main() -> None:
     bench = Bench(jax.block_until_ready(build_model(plan)), plan, programs)
     note(f"  weights there after {time.monotonic() - began:.0f} s")
 
+    failed = []
+
     def guarded(what: str, measure: Callable[[], None]) -> None:
         try:
             measure()
         except Exception as error:  # one case must not cost the others their figures
             note(f"  {what} failed: {type(error).__name__}: {str(error)[:400]}")
+            failed.append(what)
 
     def first_token_case(prompt: int) -> None:
         milliseconds = bench.time_to_first_token(prompt, bench.context_of(prompt))
@@ -281,6 +284,7 @@ def main() -> None:
         step = functools.partial(bench.profile_prefill, prompt, bench.context_of(prompt))
         guarded("profile", functools.partial(profile_case, 1, prompt, "prefill", step))
     note(f"  done after {time.monotonic() - began:.0f} s")
+    raise SystemExit(1 if failed else 0)
 
 
 if __name__ == "__main__":
