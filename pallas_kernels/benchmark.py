@@ -36,7 +36,7 @@ import jaxlib
 from pallas_kernels import registry
 from pallas_kernels.benchmark_data import bfloat16_array, copies_for, packed_weight
 from pallas_kernels.device_time import kernel_times, repeats_for
-from pallas_kernels.mixed_matmul.api import OPERATION, mixed_matmul
+from pallas_kernels.mixed_matmul.api import OPERATION, activation_layout, mixed_matmul
 from pallas_kernels.quantize_activations.api import quantize_activations
 from pallas_kernels.shapes import MODELS, parse_shape, unique_shapes
 
@@ -138,7 +138,8 @@ def measure_ceilings() -> Ceilings:
 
 def linear(x: jax.Array, weight: Any, implementation: str) -> jax.Array:
     """(a): what a layer with float input runs."""
-    activations = quantize_activations(x, weight.group_size)
+    layout = activation_layout(x.shape[0], weight, implementation)
+    activations = quantize_activations(x, weight.group_size, layout=layout)
     return mixed_matmul(activations, weight, out_dtype=x.dtype, implementation=implementation)
 
 

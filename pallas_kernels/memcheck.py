@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import registry
+from pallas_kernels.activations import Layout
 from pallas_kernels.benchmark import compile_all
 from pallas_kernels.benchmark_data import bfloat16_array, packed_weight
 from pallas_kernels.decode_attention import pallas_triton as attention_triton
@@ -81,33 +82,36 @@ Job = tuple[Callable[..., Any], tuple[Any, ...]]
 def quantizing_jobs() -> Iterator[Job]:
     """The kernels that quantise activations, alone and fused with norm and SwiGLU."""
     for tokens, _, k, group_size, _ in SIZES:
-        x = bfloat16_array((tokens, k), tokens)
-        norm = functools.partial(rms_norm_triton.rms_norm_quantize, epsilon=1e-5, group_size=group_size)
-        yield functools.partial(quantize_triton.quantize_activations, group_size=group_size), (x,)
-        yield (
-            functools.partial(swiglu_triton.swiglu_quantize, group_size=group_size),
-            (bfloat16_array((tokens, 2 * k), k),),
-        )
-        yield norm, (x, x[0], None)
-        yield norm, (x, x[0], x)
+        x, gate_up = bfloat16_array((tokens, k), tokens), bfloat16_array((tokens, 2 * k), k)
+        layouts: list[Layout] = ["signed", "unsigned"] if group_size == unsigned_operands.GROUP_SIZE else ["signed"]
+        for layout in layouts:
+            norm = functools.partial(
+                rms_norm_triton.rms_norm_quantize, epsilon=1e-5, group_size=group_size, layout=layout
+            )
+            yield functools.partial(quantize_triton.quantize_activations, group_size=group_size, layout=layout), (x,)
+            yield functools.partial(swiglu_triton.swiglu_quantize, group_size=group_size, layout=layout), (gate_up,)
+            yield norm, (x, x[0], None)
+            yield norm, (x, x[0], x)
 
 
 def matmul_jobs(*, hopper: bool) -> Iterator[Job]:
     """The matmuls, with a bias and without; those of Hopper GPUs only for `hopper`."""
-    kernels: list[tuple[Callable[..., Any], Config | MosaicConfig | None]] = [
-        (pallas_triton.mixed_matmul, config) for config in TRITON_CONFIGS
-    ]
-    if hopper:
-        kernels += [(pallas_mosaic_gpu.mixed_matmul, config) for config in MOSAIC_CONFIGS]
     for tokens, n, k, group_size, share in SIZES:
-        activations = quantize_activations(bfloat16_array((tokens, k), tokens), group_size)
+        x = bfloat16_array((tokens, k), tokens)
         weight = packed_weight(n, k, group_size, share, tokens)
         if group_size == unsigned_operands.GROUP_SIZE:
             weight = with_code_sums(weight)
         bias = jnp.ones((n,), jnp.float32)
-        for kernel, config in kernels:
-            yield functools.partial(kernel, out_dtype=jnp.float32, config=config), (activations, weight, bias)
-            yield functools.partial(kernel, out_dtype=jnp.bfloat16, config=config), (activations, weight, None)
+        kernels: list[tuple[Callable[..., Any], Layout]] = [
+            (functools.partial(pallas_triton.mixed_matmul, config=config), "signed") for config in TRITON_CONFIGS
+        ]
+        for mosaic_config in MOSAIC_CONFIGS if hopper else ():
+            layout = pallas_mosaic_gpu.activation_layout(tokens, weight, mosaic_config)
+            kernels.append((functools.partial(pallas_mosaic_gpu.mixed_matmul, config=mosaic_config), layout))
+        for kernel, layout in kernels:
+            activations = quantize_activations(x, group_size, layout=layout)
+            yield functools.partial(kernel, out_dtype=jnp.float32), (activations, weight, bias)
+            yield functools.partial(kernel, out_dtype=jnp.bfloat16), (activations, weight, None)
 
 
 def attention_jobs() -> Iterator[Job]:

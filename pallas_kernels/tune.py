@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import jaxlib
 
 from pallas_kernels import registry
+from pallas_kernels.activations import Layout
 from pallas_kernels.benchmark_data import bfloat16_array, copies_for, packed_weight
 from pallas_kernels.device_time import kernel_times, repeats_for
 from pallas_kernels.mixed_matmul import (
@@ -114,15 +115,22 @@ def tune(case: Case, shown: int, timing: contextlib.AbstractContextManager[Any])
         The fastest, if any compiles, and a report.
     """
     first, weights = _weights(case.n, case.k, case.group_size, case.share_8bit)
-    activations = quantize_activations(bfloat16_array((case.tokens, case.k), case.tokens), case.group_size)
+    x = bfloat16_array((case.tokens, case.k), case.tokens)
     todo = list(candidates(case.implementation, case.tokens))
-    functions = [_compile(MATMULS[case.implementation], activations, first, config) for config in todo]
-    argument_sets = [(activations, weight) for weight in weights]
+    layouts = [_layout(case, first, config) for config in todo]
+    # Each candidate gets the layout that it wants: quantising costs the same for either, a pass from one to the other
+    # would not.
+    activations = {layout: quantize_activations(x, case.group_size, layout=layout) for layout in set(layouts)}
+    functions = [
+        _compile(MATMULS[case.implementation], activations[layout], first, config)
+        for layout, config in zip(layouts, todo, strict=True)
+    ]
     rows, lines = [], []
-    for config, function in zip(todo, functions, strict=True):
+    for layout, config, function in zip(layouts, todo, functions, strict=True):
         if isinstance(function, Exception):
             lines.append(f"\n  {config}: {str(function).splitlines()[0][:150]}")
             continue
+        argument_sets = [(activations[layout], weight) for weight in weights]
         jax.block_until_ready(function(*argument_sets[0]))  # Mosaic GPU compiles at the first call
         with timing:
             times = kernel_times(function, argument_sets, repeats_for(len(weights), EXECUTIONS))
@@ -131,6 +139,13 @@ def tune(case: Case, shown: int, timing: contextlib.AbstractContextManager[Any])
     lines += [f"\n  {us:.2f} {config}" for us, config in rows[:shown]]
     settings = (case.tokens, case.n, case.k, case.group_size, case.share_8bit)
     return [configs.Entry(*settings, config, round(us, 2)) for us, config in rows[:1]], f"{case}{''.join(lines)}"
+
+
+def _layout(case: Case, weight: PackedWeight, config: configs.Config | configs.MosaicConfig) -> Layout:
+    """Of the activations that a configuration wants."""
+    if isinstance(config, configs.MosaicConfig):
+        return pallas_mosaic_gpu.activation_layout(case.tokens, weight, config)
+    return "signed"
 
 
 @functools.lru_cache(maxsize=1)

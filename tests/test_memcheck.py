@@ -16,7 +16,7 @@ KERNELS = {
     "mixed_matmul_few_tokens",
     "mixed_matmul_many_tokens",
 }
-HOPPER_KERNELS = {"mixed_matmul_mosaic_gpu", "mixed_matmul_mosaic_gpu_split", "unsigned_activations"}
+HOPPER_KERNELS = {"mixed_matmul_mosaic_gpu", "mixed_matmul_mosaic_gpu_split"}
 
 
 def test_every_kernel_is_among_the_calls():

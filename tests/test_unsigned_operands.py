@@ -7,7 +7,7 @@ import pytest
 from kernel_cases import Case, assemble, make_case, relative_error
 
 from pallas_kernels import QuantizedActivations, mixed_matmul, packing, prepare_weight, registry
-from pallas_kernels.mixed_matmul.unsigned_operands import GROUP_SIZE, corrections_of, unsigned_activations
+from pallas_kernels.mixed_matmul.unsigned_operands import GROUP_SIZE, corrections_of
 
 
 def extreme_case(code4: int, code8: int, activation: int, tokens: int = 3, groups: int = 2) -> Case:
@@ -61,8 +61,8 @@ def unsigned_weight(weight: packing.PackedWeight) -> tuple[np.ndarray, ...]:
 
 
 def split_operand(activations: QuantizedActivations) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes `[tokens, k]`, hi and mid `[tokens, 32 * corrections]` in what `unsigned_activations` gives."""
-    operand = np.asarray(unsigned_activations(activations))
+    """Codes `[tokens, k]`, hi and mid `[tokens, 32 * corrections]` in the unsigned layout."""
+    operand = np.asarray(jax.tree.map(jnp.asarray, activations).in_layout("unsigned").codes)
     k = activations.in_features
     corrections = corrections_of(k // GROUP_SIZE)
     assert operand.dtype == np.uint8
@@ -156,7 +156,7 @@ def test_no_activation_gives_zero():
 
 def test_only_groups_of_128():
     with pytest.raises(ValueError, match="groups of 128, not 64"):
-        unsigned_activations(jax.tree.map(jnp.asarray, make_case(1, 2, 128, 64, 0.5).activations))
+        jax.tree.map(jnp.asarray, make_case(1, 2, 128, 64, 0.5).activations).in_layout("unsigned")
 
 
 def test_prepare_weight_adds_sums_on_a_hopper_gpu_alone(monkeypatch: pytest.MonkeyPatch):

@@ -140,7 +140,9 @@ class Block(nnx.Module):
 
         normed, x = _norm(self.attention_norm, x, update, attention.qkv_proj, fused)
         qkv = call("qkv_proj", attention.qkv_proj, normed)
-        mixed, cache = attention.mix(qkv, rotary, cache, history=history, may_quantize=fused)
+        mixed, cache = attention.mix(
+            qkv, rotary, cache, history=history, may_quantize=fused and _takes_signed(attention.o_proj, x)
+        )
         if only is not None and not isinstance(mixed, QuantizedActivations):
             mixed, x = (jnp.take_along_axis(y, only[:, None, None], axis=1) for y in (mixed, x))
         update = call("o_proj", attention.o_proj, mixed)
@@ -160,6 +162,11 @@ def _call(
     return y.reshape(batch, -1, y.shape[-1])
 
 
+def _takes_signed(linear: Linear, x: Hidden) -> bool:
+    """Whether the linear takes as many tokens as `x` has in the layout in which the attention quantises them."""
+    return linear.group_size is not None and linear.activation_layout(x.shape[0] * x.shape[1]) == "signed"
+
+
 def _norm(
     norm: RMSNorm, x: Hidden, update: Hidden | None, consumer: Linear, fused: bool
 ) -> tuple[Array | QuantizedActivations, Hidden]:
@@ -168,12 +175,14 @@ def _norm(
         x = x if update is None else x + update
         return norm(x), x
     features = x.shape[-1]
+    flat = x.reshape(-1, features)
     codes, total = rms_norm_quantize(
-        x.reshape(-1, features),
+        flat,
         norm.weight.get_value(),
         norm.epsilon,
         consumer.group_size,
         residual=None if update is None else update.reshape(-1, features),
+        layout=consumer.activation_layout(flat.shape[0]),
         implementation=consumer.implementation,
     )
     return codes, total.reshape(x.shape)
@@ -183,6 +192,7 @@ def _swiglu(gate_up: Array, consumer: Linear, fused: bool) -> Array | QuantizedA
     """silu(gate) * up, in float32 inside, in the form that `consumer` takes best."""
     if fused and consumer.group_size is not None:
         flat = gate_up.reshape(-1, gate_up.shape[-1])
-        return swiglu_quantize(flat, consumer.group_size, implementation=consumer.implementation)
+        layout = consumer.activation_layout(flat.shape[0])
+        return swiglu_quantize(flat, consumer.group_size, layout=layout, implementation=consumer.implementation)
     gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
     return (jax.nn.silu(gate) * up).astype(gate_up.dtype)

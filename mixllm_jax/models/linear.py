@@ -8,7 +8,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels import QuantizedActivations, mixed_matmul, prepare_weight, quantized_linear
+from pallas_kernels import QuantizedActivations, activation_layout, mixed_matmul, prepare_weight, quantized_linear
+from pallas_kernels.activations import Layout
 from pallas_kernels.packing import PackedWeight, dequantize
 
 
@@ -50,6 +51,13 @@ class Linear(nnx.Module):
         """Group size of the int8 activations this layer accepts, None where it needs float activations."""
         weight = self.weight.get_value()
         return weight.group_size if isinstance(weight, PackedWeight) and self.activation_bits == 8 else None
+
+    def activation_layout(self, tokens: int) -> Layout:
+        """In which layout `tokens` rows of quantised activations should come: any other costs a pass over them."""
+        weight = self.weight.get_value()
+        if not isinstance(weight, PackedWeight):
+            raise ValueError("this layer's weights are float: it takes no QuantizedActivations")
+        return activation_layout(tokens, weight, self.implementation)
 
     def __call__(
         self, x: Float[Array, "*batch in_features"] | QuantizedActivations, *, out_dtype: DTypeLike | None = None

@@ -1,4 +1,7 @@
-"""`mixed_matmul` and `quantized_linear` check their arguments and pick an implementation; `prepare_weight` helps it."""
+"""`mixed_matmul` and `quantized_linear` check their arguments and pick an implementation.
+
+`prepare_weight` and `activation_layout` say what that wants to find.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import activations as activations_module
 from pallas_kernels import packing, registry
-from pallas_kernels.activations import QuantizedActivations
+from pallas_kernels.activations import Layout, QuantizedActivations
 from pallas_kernels.mixed_matmul import configs, pallas_mosaic_gpu, pallas_triton, unsigned_operands, xla
 from pallas_kernels.mixed_matmul.triton_tiles import problem_of
 from pallas_kernels.packing import PackedWeight
@@ -54,7 +57,8 @@ def mixed_matmul(
     (`prepare_weight`) and many tokens, a Hopper GPU takes off the terms of the zero points z with 16 significant bits.
 
     Args:
-        activations: int8 codes `[tokens, in_features]`, quantised with the weight's group size.
+        activations: Of `[tokens, in_features]`, quantised with the weight's group size, best in the layout that
+            `activation_layout` names: any other is brought into it by a pass over the codes.
         weight: `[out_features, in_features]`, with sums of its codes or without.
         bias: Float `[out_features]`, or None.
         out_dtype: bfloat16, float16 or float32.
@@ -87,7 +91,8 @@ def quantized_linear(
 
     For layers whose input no other kernel has quantised already; the errors are those of the two operations.
     """
-    activations = quantize_activations(x, weight.group_size, implementation=implementation)
+    layout = activation_layout(x.shape[0], weight, implementation)
+    activations = quantize_activations(x, weight.group_size, layout=layout, implementation=implementation)
     return mixed_matmul(activations, weight, bias, out_dtype=out_dtype, implementation=implementation)
 
 
@@ -104,13 +109,37 @@ def prepare_weight(weight: PackedWeight, implementation: str = "auto") -> Packed
     """
     if implementation not in ("auto", "mosaic_gpu") or weight.group_size != unsigned_operands.GROUP_SIZE:
         return weight
-    activations = QuantizedActivations(
-        codes=jax.ShapeDtypeStruct((1, weight.in_features), jnp.int8),
-        scales=jax.ShapeDtypeStruct((weight.num_groups, 1), jnp.float32),
+    reason = OPERATION.implementations["mosaic_gpu"].refuses(
+        _abstract_activations(1, weight), weight, None, out_dtype=jnp.bfloat16
+    )
+    return packing.with_code_sums(weight) if reason is None else weight
+
+
+def activation_layout(tokens: int, weight: PackedWeight, implementation: str = "auto") -> Layout:
+    """In which layout to quantise the activations of `mixed_matmul` for this weight.
+
+    Args:
+        tokens: Rows of the activations.
+        weight: As `mixed_matmul` gets it.
+        implementation: As `mixed_matmul` gets it.
+
+    Raises:
+        ValueError: Unknown implementation.
+        NotImplementedError: The implementation asked for cannot run here.
+    """
+    if weight.code_sums4 is None:  # which the unsigned layout needs
+        return "signed"
+    activations = _abstract_activations(tokens, weight)
+    name = OPERATION.choose(implementation, activations, weight, None, out_dtype=jnp.dtype(jnp.bfloat16))
+    return pallas_mosaic_gpu.activation_layout(tokens, weight) if name == "mosaic_gpu" else "signed"
+
+
+def _abstract_activations(tokens: int, weight: PackedWeight) -> QuantizedActivations:
+    return QuantizedActivations(
+        codes=jax.ShapeDtypeStruct((tokens, weight.in_features), jnp.int8),
+        scales=jax.ShapeDtypeStruct((weight.num_groups, tokens), jnp.float32),
         group_size=weight.group_size,
     )
-    reason = OPERATION.implementations["mosaic_gpu"].refuses(activations, weight, None, out_dtype=jnp.bfloat16)
-    return packing.with_code_sums(weight) if reason is None else weight
 
 
 def _validate_output(weight: PackedWeight, bias: jax.Array | None, out_dtype: jax.typing.DTypeLike) -> None:

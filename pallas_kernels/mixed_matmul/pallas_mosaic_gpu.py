@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import registry
-from pallas_kernels.activations import QuantizedActivations
+from pallas_kernels.activations import Layout, QuantizedActivations
 from pallas_kernels.mixed_matmul import configs, unsigned_operands
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MULTIPROCESSORS, MosaicGpuConfig
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_config import MosaicGpuSplitConfig
-from pallas_kernels.mixed_matmul.triton_tiles import problem_of
+from pallas_kernels.mixed_matmul.triton_tiles import Problem
 from pallas_kernels.packing import GROUP_SIZES, PackedWeight
 
 COMPUTE_CAPABILITY = (9, 0)
@@ -30,22 +30,45 @@ def mixed_matmul(
     out_dtype: jax.typing.DTypeLike,
     config: MosaicGpuConfig | MosaicGpuSplitConfig | None = None,
 ) -> jax.Array:
-    """The mixed matmul in one launch; `config` overrides the tuned choice.
+    """The mixed matmul in one launch, for activations in the layout that the settings want; `config` overrides them.
 
-    With unsigned operands (many tokens) a pass over the activations goes before it; a weight without the sums of its
-    codes, or in other groups than those of 128, takes the signed ones in tiles of the same size.
+    Activations in another layout go through a pass of their own first.
     """
     # Imports slowly, and not everywhere.
     from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_kernel, pallas_mosaic_gpu_split
 
-    if config is None:
-        config = configs.choose(problem_of(activations, weight), registry.device_kind(), "mosaic_gpu")
+    config = config_for(activations.tokens, weight, config)
+    activations = activations.in_layout(_layout(config))
     arguments = (activations, weight, bias, jnp.dtype(out_dtype))
     if isinstance(config, MosaicGpuSplitConfig):
         return pallas_mosaic_gpu_split.launch(*arguments, config, _multiprocessors())
-    if weight.code_sums4 is None or weight.group_size != unsigned_operands.GROUP_SIZE:
-        config = config.signed
     return pallas_mosaic_gpu_kernel.launch(*arguments, config, _multiprocessors())
+
+
+def config_for(
+    tokens: int, weight: PackedWeight, config: MosaicGpuConfig | MosaicGpuSplitConfig | None = None
+) -> MosaicGpuConfig | MosaicGpuSplitConfig:
+    """What the kernel runs with: the tuned choice or `config`, as far as the weight allows it.
+
+    A weight without the sums of its codes, or in other groups than those of 128, takes signed operands in tiles of the
+    same size where unsigned ones are wanted.
+    """
+    if config is None:
+        problem = Problem(tokens, weight.in_features, weight.group_size, weight.n4, weight.n8)
+        config = configs.choose(problem, registry.device_kind(), "mosaic_gpu")
+    has_sums = weight.code_sums4 is not None and weight.group_size == unsigned_operands.GROUP_SIZE
+    return config if has_sums or isinstance(config, MosaicGpuSplitConfig) else config.signed
+
+
+def activation_layout(
+    tokens: int, weight: PackedWeight, config: MosaicGpuConfig | MosaicGpuSplitConfig | None = None
+) -> Layout:
+    """In which layout the kernel wants this many tokens for the weight."""
+    return _layout(config_for(tokens, weight, config))
+
+
+def _layout(config: MosaicGpuConfig | MosaicGpuSplitConfig) -> Layout:
+    return "unsigned" if isinstance(config, MosaicGpuConfig) and config.unsigned else "signed"
 
 
 def refuses(

@@ -32,7 +32,7 @@ from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import ACCUMULATOR, SCA
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import CHANNELS_PER_WARPGROUP
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_kernel import Kernel, Tile
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_registers import load_codes, wait_dot
-from pallas_kernels.mixed_matmul.unsigned_operands import GROUPS_OF_CORRECTION, corrections_of, unsigned_activations
+from pallas_kernels.mixed_matmul.unsigned_operands import GROUPS_OF_CORRECTION, corrections_of
 from pallas_kernels.packing import PackedWeight
 
 SUMS_BYTES = 128
@@ -75,8 +75,8 @@ class UnsignedKernel(Kernel):
         return correction * blocks, jnp.minimum((correction + 1) * blocks, self.num_blocks)
 
     def operands(self, activations: QuantizedActivations, weight: PackedWeight) -> dict[str, jax.Array]:
-        """As in the base class, with unsigned activations, behind them their sums, and the sums of the codes."""
-        arrays = super().operands(activations, weight) | {"codes": unsigned_activations(activations)}
+        """As in the base class, for activations in the unsigned layout, and the sums of the codes."""
+        arrays = super().operands(activations, weight)
         for bits, sums in (("4", weight.code_sums4), ("8", weight.code_sums8)):
             if sums is not None and sums.size:
                 arrays["code_sums" + bits] = sums.reshape(-1)

@@ -22,10 +22,14 @@ def mixed_matmul(
     config: configs.Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """The mixed matmul in one launch; `config` overrides the tuned choice."""
+    """The mixed matmul in one launch; `config` overrides the tuned choice.
+
+    Activations in the unsigned layout go through a pass of their own first.
+    """
     if config is None:
         problem = problem_of(activations, weight)
         config = configs.default(problem) if interpret else configs.choose(problem, registry.device_kind())
+    activations = activations.in_layout("signed")
     if isinstance(config, FewTokensConfig):
         return triton_few_tokens.mixed_matmul(
             activations, weight, bias, out_dtype=out_dtype, config=config, interpret=interpret

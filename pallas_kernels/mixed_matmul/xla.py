@@ -21,7 +21,8 @@ def mixed_matmul(
     order they are added. The scan keeps one unpacked group of the weight in memory at a time.
     """
     tokens, group_size = activations.tokens, weight.group_size
-    group_codes = activations.codes.reshape(tokens, weight.num_groups, group_size).transpose(1, 0, 2)
+    codes = activations.in_layout("signed").codes
+    group_codes = codes.reshape(tokens, weight.num_groups, group_size).transpose(1, 0, 2)
 
     def add_group(total: jax.Array, group: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         codes, scales, codes4, scales4, zero_points4, codes8, scales8 = group

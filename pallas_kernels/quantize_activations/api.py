@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels.activations import QuantizedActivations, validate_input
+from pallas_kernels.activations import Layout, QuantizedActivations, validate_input, validate_layout
 from pallas_kernels.quantize_activations import pallas_triton, xla
 from pallas_kernels.registry import Operation
 from pallas_kernels.triton_common import implementations
@@ -18,7 +18,9 @@ OPERATION = Operation(
 )
 
 
-def quantize_activations(x: jax.Array, group_size: int, *, implementation: str = "auto") -> QuantizedActivations:
+def quantize_activations(
+    x: jax.Array, group_size: int, *, layout: Layout = "signed", implementation: str = "auto"
+) -> QuantizedActivations:
     """Quantise activations to int8, symmetric, one scale for each token and group of channels.
 
     scale = absmax / 127 of the group; codes = x / scale, rounded half to even (MixLLM, section 3.1).
@@ -26,11 +28,13 @@ def quantize_activations(x: jax.Array, group_size: int, *, implementation: str =
     Args:
         x: Float `[tokens, features]`.
         group_size: Channels that share a scale; divides `features`.
+        layout: Of the codes, as `activation_layout` names it for the matmul that takes them.
         implementation: `auto`, or a name from the registry.
 
     Raises:
-        ValueError: Wrong rank, dtype or group size, or an unknown implementation.
+        ValueError: Wrong rank, dtype or group size, or an unknown layout or implementation.
         NotImplementedError: The implementation asked for cannot run here, or a gradient is asked for.
     """
     validate_input("x", x, group_size)
-    return OPERATION(implementation, x, group_size=group_size)
+    validate_layout(layout, group_size)
+    return OPERATION(implementation, x, group_size=group_size, layout=layout)

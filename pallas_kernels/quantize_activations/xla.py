@@ -5,10 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.activations import SMALLEST_SCALE, QuantizedActivations
+from pallas_kernels.activations import SMALLEST_SCALE, Layout, QuantizedActivations
 
 
-def quantize_activations(x: jax.Array, *, group_size: int) -> QuantizedActivations:
+def quantize_activations(x: jax.Array, *, group_size: int, layout: Layout = "signed") -> QuantizedActivations:
     """Symmetric int8 quantisation of float `[tokens, features]`, one scale for each token and group."""
     tokens, features = x.shape
     groups = x.astype(jnp.float32).reshape(tokens, features // group_size, group_size)
@@ -17,4 +17,4 @@ def quantize_activations(x: jax.Array, *, group_size: int) -> QuantizedActivatio
     # Where the scale is 0, so is the group to within rounding: any divisor gives codes of 0.
     divisors = jnp.where(scales > 0, scales, 1.0)[..., None]
     codes = jnp.clip(jnp.round(groups / divisors), -127, 127).astype(jnp.int8)
-    return QuantizedActivations(codes.reshape(tokens, features), scales.T, group_size)
+    return QuantizedActivations(codes.reshape(tokens, features), scales.T, group_size).in_layout(layout)

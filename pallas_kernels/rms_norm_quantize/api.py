@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels.activations import QuantizedActivations, validate_input
+from pallas_kernels.activations import Layout, QuantizedActivations, validate_input, validate_layout
 from pallas_kernels.registry import Operation
 from pallas_kernels.rms_norm_quantize import pallas_triton, xla
 from pallas_kernels.triton_common import implementations
@@ -23,6 +23,7 @@ def rms_norm_quantize(
     group_size: int,
     *,
     residual: jax.Array | None = None,
+    layout: Layout = "signed",
     implementation: str = "auto",
 ) -> tuple[QuantizedActivations, jax.Array]:
     """RMSNorm of `x + residual` and the quantisation of its output, in one launch on the GPU.
@@ -36,20 +37,22 @@ def rms_norm_quantize(
         epsilon: Added to the mean square.
         group_size: Channels that share a scale; divides `features`.
         residual: Like `x`, added before the norm; None adds nothing.
+        layout: Of the codes, as `activation_layout` names it for the matmul that takes them.
         implementation: `auto`, or a name from the registry.
 
     Returns:
         The quantised norm, and `x + residual` (`x` itself without a residual) for the next residual connection.
 
     Raises:
-        ValueError: Shapes or dtypes that do not fit, or an unknown implementation.
+        ValueError: Shapes or dtypes that do not fit, or an unknown layout or implementation.
         NotImplementedError: The implementation asked for cannot run here, or a gradient is asked for.
     """
     validate_input("x", x, group_size)
+    validate_layout(layout, group_size)
     if tuple(norm_weight.shape) != (x.shape[1],):
         raise ValueError(f"norm_weight must be [{x.shape[1]}], found {list(norm_weight.shape)}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(
             f"residual must be like x, {x.dtype} {list(x.shape)}, found {residual.dtype} {list(residual.shape)}"
         )
-    return OPERATION(implementation, x, norm_weight, residual, epsilon=epsilon, group_size=group_size)
+    return OPERATION(implementation, x, norm_weight, residual, epsilon=epsilon, group_size=group_size, layout=layout)

@@ -10,14 +10,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.activations import QuantizedActivations
-from pallas_kernels.triton_common import (
-    clear_counters,
-    counters_shape,
-    next_power_of_2,
-    quantize_groups,
-    refuses_triton,
-)
+from pallas_kernels.activations import Layout, QuantizedActivations
+from pallas_kernels.quantize_activations.triton_output import QuantizedOutput
+from pallas_kernels.triton_common import next_power_of_2, refuses_triton
 
 MAX_FEATURES = 2**16
 """Longest row: 64 elements for each of 1024 threads."""
@@ -32,24 +27,19 @@ def rms_norm_quantize(
     *,
     epsilon: float,
     group_size: int,
+    layout: Layout = "signed",
     interpret: bool = False,
 ) -> tuple[QuantizedActivations, jax.Array]:
     """RMSNorm of x (+ residual) in float32, quantised; also returns the sum that was normalised, in x's dtype."""
     tokens, features = x.shape
+    output = QuantizedOutput(tokens, features, group_size, layout)
     inputs = {"x": x.reshape(-1), "norm_weight": norm_weight}
-    out_shape = {
-        "codes": jax.ShapeDtypeStruct((tokens * features,), jnp.int8),
-        "scales": jax.ShapeDtypeStruct((tokens * features // group_size,), jnp.float32),
-    }
-    if counters := counters_shape(tokens):
-        [out_shape["counters"]] = counters
+    out_shape = output.shapes()
     if residual is not None:
         inputs["residual"] = residual.reshape(-1)
         out_shape["total"] = jax.ShapeDtypeStruct((tokens * features,), x.dtype)
     out = pl.pallas_call(
-        functools.partial(
-            _rms_norm_quantize_kernel, tokens=tokens, features=features, group_size=group_size, epsilon=epsilon
-        ),
+        functools.partial(_rms_norm_quantize_kernel, output=output, epsilon=epsilon),
         grid=(tokens,),
         out_shape=out_shape,
         compiler_params=plgpu.CompilerParams(
@@ -58,38 +48,25 @@ def rms_norm_quantize(
         interpret=interpret,
         name="rms_norm_quantize",
     )(inputs)
-    quantized = QuantizedActivations(
-        out["codes"].reshape(tokens, features), out["scales"].reshape(-1, tokens), group_size, out.get("counters")
-    )
-    return quantized, x if residual is None else out["total"].reshape(tokens, features)
+    return output.activations(out), x if residual is None else out["total"].reshape(tokens, features)
 
 
 def _rms_norm_quantize_kernel(
-    in_refs: dict[str, Any],
-    out_refs: dict[str, Any],
-    *,
-    tokens: int,
-    features: int,
-    group_size: int,
-    epsilon: float,
+    in_refs: dict[str, Any], out_refs: dict[str, Any], *, output: QuantizedOutput, epsilon: float
 ) -> None:
-    num_groups = features // group_size
-    padded = next_power_of_2(num_groups)
     token = pl.program_id(0)
-    clear_counters([out_refs["counters"]] if "counters" in out_refs else [], token == 0)
-    group = jax.lax.broadcasted_iota(jnp.int32, (padded, 1), 0)
-    column = group * group_size + jax.lax.broadcasted_iota(jnp.int32, (1, group_size), 1)
-    valid = group < num_groups
-    place = token * features + column
+    output.clear_counters(out_refs, token == 0)
+    group = jax.lax.broadcasted_iota(jnp.int32, (next_power_of_2(output.places), 1), 0)
+    column = group * output.group_size + jax.lax.broadcasted_iota(jnp.int32, (1, output.group_size), 1)
+    valid = group < output.num_groups
+    place = token * output.features + column
     total = plgpu.load(in_refs["x"].at[place], mask=valid, other=0).astype(jnp.float32)
     if "residual" in in_refs:
         total = total + plgpu.load(in_refs["residual"].at[place], mask=valid, other=0).astype(jnp.float32)
         plgpu.store(out_refs["total"].at[place], total.astype(out_refs["total"].dtype), mask=valid)
     norm_weight = plgpu.load(in_refs["norm_weight"].at[column], mask=valid, other=0).astype(jnp.float32)
-    mean_square = jnp.sum(total * total) / features
-    codes, scales = quantize_groups(total * jax.lax.rsqrt(mean_square + epsilon) * norm_weight)
-    plgpu.store(out_refs["codes"].at[place], codes, mask=valid)
-    plgpu.store(out_refs["scales"].at[group * tokens + token], jnp.expand_dims(scales, 1), mask=valid)
+    mean_square = jnp.sum(total * total) / output.features
+    output.store(out_refs, total * jax.lax.rsqrt(mean_square + epsilon) * norm_weight, token, group)
 
 
 def refuses(
@@ -99,6 +76,7 @@ def refuses(
     *,
     epsilon: float,
     group_size: int,
+    layout: Layout = "signed",
     interpret: bool = False,
 ) -> str | None:
     """Why the kernel cannot run, or None."""

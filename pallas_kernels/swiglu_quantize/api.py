@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels.activations import QuantizedActivations, validate_input
+from pallas_kernels.activations import Layout, QuantizedActivations, validate_input, validate_layout
 from pallas_kernels.registry import Operation
 from pallas_kernels.swiglu_quantize import pallas_triton, xla
 from pallas_kernels.triton_common import implementations
@@ -16,17 +16,22 @@ OPERATION = Operation(
 )
 
 
-def swiglu_quantize(gate_up: jax.Array, group_size: int, *, implementation: str = "auto") -> QuantizedActivations:
+def swiglu_quantize(
+    gate_up: jax.Array, group_size: int, *, layout: Layout = "signed", implementation: str = "auto"
+) -> QuantizedActivations:
     """silu(gate) * up, quantised to int8 in groups, in one launch on the GPU.
 
     Args:
         gate_up: Float `[tokens, 2 * features]`, the gate in the first half.
         group_size: Channels that share a scale; divides `features`.
+        layout: Of the codes, as `activation_layout` names it for the matmul that takes them.
         implementation: `auto`, or a name from the registry.
 
     Raises:
-        ValueError: Wrong rank, dtype, an odd width or a group size that does not divide, or an unknown implementation.
+        ValueError: Wrong rank, dtype, an odd width or a group size that does not divide, or an
+            unknown layout or implementation.
         NotImplementedError: The implementation asked for cannot run here, or a gradient is asked for.
     """
     validate_input("gate_up", gate_up, 2 * group_size)
-    return OPERATION(implementation, gate_up, group_size=group_size)
+    validate_layout(layout, group_size)
+    return OPERATION(implementation, gate_up, group_size=group_size, layout=layout)

@@ -9,16 +9,20 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.activations import QuantizedActivations
+from pallas_kernels.activations import Layout, QuantizedActivations
 from pallas_kernels.quantize_activations.pallas_triton import quantize_loaded
+from pallas_kernels.quantize_activations.triton_output import QuantizedOutput
 from pallas_kernels.triton_common import refuses_triton
 
 
-def swiglu_quantize(gate_up: jax.Array, *, group_size: int, interpret: bool = False) -> QuantizedActivations:
+def swiglu_quantize(
+    gate_up: jax.Array, *, group_size: int, layout: Layout = "signed", interpret: bool = False
+) -> QuantizedActivations:
     """silu(gate) * up in float32, quantised; gate is the first half of the features."""
-    features = gate_up.shape[1] // 2
+    tokens, features = gate_up.shape[0], gate_up.shape[1] // 2
     load_groups = functools.partial(_load_groups, features=features)
-    return quantize_loaded(load_groups, gate_up, features, group_size, "swiglu_quantize", interpret=interpret)
+    output = QuantizedOutput(tokens, features, group_size, layout)
+    return quantize_loaded(load_groups, gate_up, output, "swiglu_quantize", interpret=interpret)
 
 
 def _load_groups(ref: Any, token: jax.Array, offset: jax.Array, valid: jax.Array, *, features: int) -> jax.Array:
@@ -28,6 +32,6 @@ def _load_groups(ref: Any, token: jax.Array, offset: jax.Array, valid: jax.Array
     return gate / (1.0 + jnp.exp(-gate)) * up
 
 
-def refuses(gate_up: jax.Array, *, group_size: int, interpret: bool = False) -> str | None:
+def refuses(gate_up: jax.Array, *, group_size: int, layout: Layout = "signed", interpret: bool = False) -> str | None:
     """Why the kernel cannot run, or None."""
     return refuses_triton(group_size, gate_up.size, interpret=interpret)

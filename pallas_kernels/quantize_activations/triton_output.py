@@ -1,0 +1,106 @@
+"""What every Triton kernel that quantises whole groups writes, in either layout of the codes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.activations import Layout, QuantizedActivations
+from pallas_kernels.mixed_matmul import unsigned_operands
+from pallas_kernels.triton_common import clear_counters, counters_shape, quantize_groups
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedOutput:
+    """The outputs of a kernel, flat arrays by name, and how groups are stored in them."""
+
+    tokens: int
+    features: int
+    group_size: int
+    layout: Layout
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of a token."""
+        return self.features // self.group_size
+
+    @property
+    def places(self) -> int:
+        """Groups of a token that are to be stored: those past the last one as zeros, where the layout has such."""
+        if self.layout == "signed":
+            return self.num_groups
+        return unsigned_operands.corrections_of(self.num_groups) * unsigned_operands.GROUPS_OF_CORRECTION
+
+    @property
+    def width(self) -> int:
+        """Bytes of the codes of a token, and what lies behind them."""
+        return self.features if self.layout == "signed" else unsigned_operands.operand_width(self.features)
+
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Of the outputs."""
+        shapes = {
+            "codes": jax.ShapeDtypeStruct(
+                (self.tokens * self.width,), jnp.int8 if self.layout == "signed" else jnp.uint8
+            ),
+            "scales": jax.ShapeDtypeStruct((self.num_groups * self.tokens,), jnp.float32),
+        }
+        if counters := counters_shape(self.tokens):
+            [shapes["counters"]] = counters
+        return shapes
+
+    def clear_counters(self, refs: Mapping[str, Any], is_first_program: jax.Array) -> None:
+        """Write the counters, where there are some."""
+        clear_counters([refs["counters"]] if "counters" in refs else [], is_first_program)
+
+    def store(self, refs: Mapping[str, Any], values: jax.Array, token: jax.Array, group: jax.Array) -> None:
+        """Quantise groups and store them.
+
+        Args:
+            refs: The outputs.
+            values: float32 `[groups, group_size]`; 0 where there is no such group.
+            token: int32 `[groups, 1]` or a scalar; groups of tokens past the end are left out.
+            group: int32 `[groups, 1]`, of the token; those past `places` are left out.
+        """
+        codes, scales = quantize_groups(values)
+        scales = jnp.expand_dims(scales, 1)
+        exists = (token < self.tokens) & (group < self.num_groups)
+        row = token * self.width
+        column = jax.lax.broadcasted_iota(jnp.int32, (1, self.group_size), 1)
+        if self.layout == "unsigned":
+            sums = jnp.expand_dims(jnp.sum(codes.astype(jnp.int32), axis=-1), 1)
+            codes = jax.lax.bitcast_convert_type(codes, jnp.uint8) ^ jnp.uint8(unsigned_operands.OFFSET)
+            self._store_corrections(refs["codes"], sums, scales, token, group)
+        plgpu.store(refs["codes"].at[row + group * self.group_size + column], codes, mask=exists)
+        # What is left out points past the output, see `store_tile` of the matmul.
+        place = jnp.where(exists, group * self.tokens + token, self.tokens * self.num_groups)
+        plgpu.store(refs["scales"].at[place], scales, mask=exists)
+
+    def _store_corrections(
+        self, ref: Any, sums: jax.Array, scales: jax.Array, token: jax.Array, group: jax.Array
+    ) -> None:
+        """Store what the zero points are multiplied by, behind the codes; all arguments but `ref` are `[groups, 1]`."""
+        exists = (token < self.tokens) & (group < self.places)
+        correction = group // unsigned_operands.GROUPS_OF_CORRECTION
+        within = group % unsigned_operands.GROUPS_OF_CORRECTION
+        high, mid = unsigned_operands.correction_terms(sums, scales)
+        # One store of single bytes `[groups, 4]`: of each group two of hi and, 64 bytes on, two of mid.
+        byte = jax.lax.broadcasted_iota(jnp.int32, (1, 4), 1)
+        place = token * self.width + self.features + correction * self.group_size + 2 * within
+        place = place + byte % 2 + byte // 2 * (2 * unsigned_operands.GROUPS_OF_CORRECTION)
+        bits = (high | (mid << 16)) >> (8 * byte).astype(jnp.uint32)
+        plgpu.store(ref.at[jnp.where(exists, place, self.tokens * self.width)], bits.astype(jnp.uint8), mask=exists)
+
+    def activations(self, out: Mapping[str, jax.Array]) -> QuantizedActivations:
+        """What was stored."""
+        return QuantizedActivations(
+            codes=out["codes"].reshape(self.tokens, self.width),
+            scales=out["scales"].reshape(self.num_groups, self.tokens),
+            group_size=self.group_size,
+            counters=out.get("counters"),
+            layout=self.layout,
+        )
