@@ -21,6 +21,7 @@ from mixllm_jax.generation import Engine, IncrementalDetokenizer, PromptCache, S
 from mixllm_jax.models.common_shapes import with_common_shape
 from mixllm_jax.models.config import ModelConfig
 from mixllm_jax.models.decoder import Decoder
+from mixllm_jax.models.eight_bit_table import TableBits, choose_bits
 from mixllm_jax.models.parameters import Execution
 from pallas_kernels.packing import PackedWeight
 
@@ -59,8 +60,8 @@ def load(
     dtype: DTypeLike | Literal["auto"] = "auto",
     implementation: str = "auto",
     kv_bits: int = 16,
-    lm_head_bits: int = 16,
-    embedding_bits: int = 16,
+    lm_head_bits: int | None = None,
+    embedding_bits: int | None = None,
 ) -> LoadedModel:
     """Loads a converted or quantised model.
 
@@ -69,8 +70,10 @@ def load(
         dtype: compute dtype of activations and float weights; `auto` is bfloat16 on a GPU and float32 on a CPU.
         implementation: of the quantised operations: `auto`, `xla`, or a kernel's name (see `pallas_kernels`).
         kv_bits: 8 keeps keys and values of generation as int8, one scale a token and head; 16 in the compute dtype.
-        lm_head_bits: 8 rounds the output head to 8 bits and runs it with int8 activations; 16 leaves it as it is.
-        embedding_bits: 8 rounds the embedding to 8 bits; 16 leaves it as it is. A tied one needs `lm_head_bits` 8 too.
+        lm_head_bits: 8 rounds the output head to 8 bits and runs it on int8 tensor cores, its input as a sum of two
+            int8 terms; 16 leaves it as it is. None is 8 for a quantised model (with int8 activations), else 16.
+        embedding_bits: 8 rounds the embedding to 8 bits; 16 leaves it as it is; None as for the head. A tied one needs
+            `lm_head_bits` 8 too, and follows it by default.
 
     Raises:
         CheckpointError: not a model folder, or it is damaged or of a newer format.
@@ -80,10 +83,10 @@ def load(
     """
     reader = CheckpointReader(path)
     config = reader.config
-    for name, value in (("kv-bits", kv_bits), ("lm-head-bits", lm_head_bits), ("embedding-bits", embedding_bits)):
-        if value not in (8, 16):
-            raise OptionError(f"{name} must be 8 or 16, found {value}")
+    if kv_bits not in (8, 16):
+        raise OptionError(f"kv-bits must be 8 or 16, found {kv_bits}")
     quantization = reader.metadata.get("quantization", {})
+    tables = table_bits(reader, lm_head_bits, embedding_bits)
     bits = quantization.get("activation_bits", 8)
     if bits == 8 and "group_size" in quantization:
         require_kernels(quantization["group_size"], implementation)
@@ -91,12 +94,23 @@ def load(
         dtype=compute_dtype(dtype),
         activation_bits=cast(Any, bits),
         implementation=implementation,
-        lm_head_bits=cast(Any, lm_head_bits),
-        embedding_bits=cast(Any, embedding_bits),
+        lm_head_bits=tables.lm_head,
+        embedding_bits=tables.embedding,
     )
     parts = reader.read_parts()  # in the order in which the decoder asks for them
     model = Decoder.from_parameters(config, lambda name: _next_part(parts, name), execution)
-    return LoadedModel(model=model, config=config, metadata=reader.metadata, path=reader.path, kv_bits=kv_bits)
+    return LoadedModel(model, config, reader.metadata, reader.path, kv_bits, tables)
+
+
+def table_bits(reader: CheckpointReader, lm_head_bits: int | None, embedding_bits: int | None) -> TableBits:
+    """Bits with which the output head and the embedding of a folder are loaded, where these are asked for.
+
+    Raises:
+        OptionError: as `choose_bits`.
+    """
+    integer = reader.kind == "quantized" and reader.metadata.get("quantization", {}).get("activation_bits", 8) == 8
+    tied = reader.config.tie_word_embeddings
+    return choose_bits(lm_head_bits, embedding_bits, quantized=integer, tied=tied)
 
 
 def compute_dtype(dtype: DTypeLike | Literal["auto"]) -> jnp.dtype[Any]:
@@ -127,13 +141,15 @@ class LoadedModel:
         metadata: the content of the folder's `mixllm.json`.
         path: the folder.
         kv_bits: of the key/value cache.
+        table_bits: of the output head and the embedding.
     """
 
     model: Decoder
     config: ModelConfig
     metadata: dict[str, Any]
     path: Path
-    kv_bits: int = 16
+    kv_bits: int
+    table_bits: TableBits
 
     @functools.cached_property
     def tokenizer(self) -> Any:

@@ -17,7 +17,7 @@ from mixllm_jax.generation import Engine
 from mixllm_jax.generation.memory import OutOfDeviceMemoryError, weight_bytes
 from mixllm_jax.models.cache import KVCache
 from mixllm_jax.models.decoder import Decoder, random_parameters
-from mixllm_jax.models.eight_bit_table import eight_bit_table
+from mixllm_jax.models.eight_bit_table import choose_bits, eight_bit_table
 from mixllm_jax.models.parameters import Execution
 from mixllm_jax.models.presets import PRESETS, preset
 from mixllm_jax.models.random_weights import WeightFormat, random_decoder
@@ -40,7 +40,8 @@ def test_presets_have_the_shapes_of_the_kernel_benchmark():
 
 @pytest.mark.parametrize(("scheme", "share"), [("bf16", None), ("W4A8", 0.0), ("W4.4A8", 0.1), ("W8A8", 1.0)])
 def test_random_weights_have_the_format_asked_for_and_finite_logits(scheme, share):
-    weights = WeightFormat.from_name(scheme, lm_head_bits=8)
+    weights = WeightFormat.from_name(scheme, tied=True)
+    assert (weights.lm_head_bits, weights.embedding_bits) == ((16, 16) if share is None else (8, 8))
     model = random_decoder(CONFIG, weights, dtype=jnp.float32)
     logits, _ = model(jnp.arange(12)[None] % 96)
     assert 0.3 < float(jnp.std(logits)) < 3
@@ -58,7 +59,7 @@ def test_random_weights_have_the_format_asked_for_and_finite_logits(scheme, shar
 @pytest.mark.parametrize("name", ["W3A8", "W4A16", "int4", "W9A8"])
 def test_an_unknown_scheme_is_refused(name):
     with pytest.raises(OptionError, match=r"W4\.4A8"):
-        WeightFormat.from_name(name)
+        WeightFormat.from_name(name, tied=True)
 
 
 def test_an_eight_bit_table_is_close_and_a_tied_one_gets_weights_of_its_own():
@@ -75,14 +76,28 @@ def test_an_eight_bit_table_is_close_and_a_tied_one_gets_weights_of_its_own():
     np.testing.assert_allclose(packing.dequantize(eight_bit_table(weight)), weight, atol=np.abs(weight).max() / 200)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_quantized_models_get_an_eight_bit_head_and_embedding_unless_told_otherwise(tied):
+    assert choose_bits(None, None, quantized=True, tied=tied) == (8, 8)
+    assert choose_bits(None, None, quantized=False, tied=tied) == (16, 16)
+    assert choose_bits(16, None, quantized=True, tied=tied) == (16, 16 if tied else 8)
+    assert choose_bits(None, 16, quantized=True, tied=tied) == (8, 16)
+    assert choose_bits(8, None, quantized=False, tied=tied) == (8, 16)
+    with pytest.raises(OptionError, match="lm-head-bits must be 8 or 16, found 4"):
+        choose_bits(4, None, quantized=True, tied=tied)
+
+
 def test_an_eight_bit_embedding_is_close_and_shared_with_a_tied_head():
     parts = {part: random_parameters(CONFIG, part, 0) for part in CONFIG.part_names()}
     with pytest.raises(OptionError, match="--lm-head-bits 8"):
         Decoder.from_parameters(CONFIG, parts, Execution(embedding_bits=8))
     rounded = Decoder.from_parameters(CONFIG, parts, Execution(lm_head_bits=8, embedding_bits=8))
     table = rounded.embedding.weight.get_value()
-    assert rounded.final.lm_head is not None
-    assert rounded.final.lm_head.weight.get_value().codes8 is table.codes8
+    assert rounded.final.lm_head is None
+    assert sum(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(rounded)) == 1
+    apart = Decoder.from_parameters(CONFIG, parts, Execution(lm_head_bits=8))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, CONFIG.hidden_size)), jnp.float32)
+    np.testing.assert_array_equal(rounded.head(x), apart.head(x))
     weight = parts["embedding"]["embed.weight"]
     tokens = jnp.asarray([[0, 5, 95], [7, 7, 96]])
     expected = weight[np.minimum(np.asarray(tokens), 95)]
@@ -92,7 +107,7 @@ def test_an_eight_bit_embedding_is_close_and_shared_with_a_tied_head():
 
 def test_an_eight_bit_embedding_changes_nothing_but_the_embedding():
     untied = dataclasses.replace(CONFIG, tie_word_embeddings=False)
-    weights = WeightFormat.from_name("W4.4A8", embedding_bits=8)
+    weights = WeightFormat.from_name("W4.4A8", tied=False, lm_head_bits=16)
     model = random_decoder(untied, weights, dtype=jnp.float32)
     assert model.final.lm_head is not None
     assert model.final.lm_head.weight.get_value().shape == (96, untied.hidden_size)
@@ -101,7 +116,7 @@ def test_an_eight_bit_embedding_changes_nothing_but_the_embedding():
 
 
 def test_float_linears_can_have_an_eight_bit_head_and_embedding():
-    weights = WeightFormat.from_name("bf16", lm_head_bits=8, embedding_bits=8)
+    weights = WeightFormat.from_name("bf16", tied=False, lm_head_bits=8, embedding_bits=8)
     assert weights.eight_bit_share is None
     model = random_decoder(dataclasses.replace(CONFIG, tie_word_embeddings=False), weights)
     assert isinstance(model.embedding.weight.get_value(), packing.PackedWeight)
@@ -136,7 +151,7 @@ def test_the_memory_estimate_is_exact_for_weights_and_cache():
 
 
 def test_sums_of_codes_count_as_memory_but_not_as_bytes_of_a_decode_step(monkeypatch):
-    weights = WeightFormat.from_name("W4.4A8", lm_head_bits=8)
+    weights = WeightFormat.from_name("W4.4A8", tied=True, embedding_bits=16)
     plain = random_decoder(CONFIG, weights)
     monkeypatch.setattr("mixllm_jax.models.linear.prepare_weight", lambda weight, _: packing.with_code_sums(weight))
     summed = random_decoder(CONFIG, weights)

@@ -54,9 +54,15 @@ def build_model(plan: Plan) -> Decoder:
         from mixllm_jax.loading import load
 
         return load(plan.model, lm_head_bits=plan.lm_head_bits, embedding_bits=plan.embedding_bits).model
-    weights = WeightFormat.from_name(plan.scheme, lm_head_bits=plan.lm_head_bits, embedding_bits=plan.embedding_bits)
+    config = preset(plan.model)
+    weights = WeightFormat.from_name(
+        plan.scheme,
+        tied=config.tie_word_embeddings,
+        lm_head_bits=plan.lm_head_bits,
+        embedding_bits=plan.embedding_bits,
+    )
     dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
-    return random_decoder(preset(plan.model), weights, dtype=dtype)
+    return random_decoder(config, weights, dtype=dtype)
 
 
 class Bench:

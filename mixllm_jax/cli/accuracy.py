@@ -78,6 +78,8 @@ def run(arguments: argparse.Namespace) -> None:
             "sequence_length": length,
             "group_size": base.group_size,
             "seed": arguments.seed,
+            "lm_head_bits": 16,
+            "embedding_bits": 16,
         }
         options = {"calibration": arguments.calibration and calibration_name, "text": arguments.text.name}
         options |= {"samples": samples, "sequence-length": length, "seed": arguments.seed}

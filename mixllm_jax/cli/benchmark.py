@@ -6,8 +6,13 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from mixllm_jax.cli.options import add_table_options
 from mixllm_jax.errors import MixLLMError, OptionError
+
+if TYPE_CHECKING:
+    from mixllm_jax.models.eight_bit_table import TableBits
 
 SCHEMES = "bf16,W4A8,W4.4A8,W8A8"
 
@@ -45,8 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prompt lengths for the time to the first token (default: 128,512,2048,8192)",
     )
     parser.add_argument("--kv-bits", type=int, choices=(8, 16), default=16, help="bits of the key/value cache")
-    parser.add_argument("--lm-head-bits", type=int, choices=(8, 16), default=16, help="bits of the output head")
-    parser.add_argument("--embedding-bits", type=int, choices=(8, 16), default=16, help="bits of the embedding")
+    add_table_options(parser)
     parser.add_argument("--profile", action="store_true", help="also profile decode steps and a prefill")
     parser.add_argument(
         "--compare-transformers",
@@ -66,6 +70,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Measures, prints a table, stores the rows."""
     from mixllm_jax.benchmark.cases import Plan, format_table
     from mixllm_jax.benchmark.runner import open_results, run_plans
+    from mixllm_jax.checkpoint import CheckpointReader
+    from mixllm_jax.loading import table_bits
 
     if (arguments.folder is None) == (arguments.random_weights is None):
         raise OptionError("give either a model folder or --random-weights NAME")
@@ -76,18 +82,11 @@ def run(arguments: argparse.Namespace) -> None:
             raise OptionError("--compare-transformers runs on random weights: give --random-weights NAME")
         require_torch()
     if arguments.random_weights is not None:
-        from mixllm_jax.models.presets import preset
-        from mixllm_jax.models.random_weights import WeightFormat
-
-        preset(arguments.random_weights)
-        schemes = [scheme for scheme in arguments.schemes.split(",") if scheme]
-        # Float weights have one name in the results, whatever they were called.
-        schemes = ["bf16" if WeightFormat.from_name(name).eight_bit_share is None else name for name in schemes]
-        if not schemes:
-            raise OptionError(f"--schemes needs at least one of bf16 and W4A8 to W8A8, found {arguments.schemes!r}")
         model = arguments.random_weights
+        schemes = _random_schemes(arguments)
     else:
-        schemes, model = ["stored"], str(arguments.folder)
+        model = str(arguments.folder)
+        schemes = {"stored": table_bits(CheckpointReader(model), arguments.lm_head_bits, arguments.embedding_bits)}
     plans = [
         Plan(
             model,
@@ -96,11 +95,11 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.contexts,
             arguments.prompts,
             kv_bits=arguments.kv_bits,
-            lm_head_bits=16 if scheme == "bf16" else arguments.lm_head_bits,
-            embedding_bits=16 if scheme == "bf16" else arguments.embedding_bits,
+            lm_head_bits=tables.lm_head,
+            embedding_bits=tables.embedding,
             profile=arguments.profile,
         )
-        for scheme in schemes
+        for scheme, tables in schemes.items()
     ]
     results = open_results(arguments.out, shlex.join(["mixllm", *sys.argv[1:]]))
     compared = arguments.batches if arguments.compare_transformers else ()
@@ -109,3 +108,24 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"stored in {arguments.out}")
     if failures:
         raise MixLLMError(f"{failures} of the processes failed: see above; what they had measured is stored")
+
+
+def _random_schemes(arguments: argparse.Namespace) -> dict[str, TableBits]:
+    """The schemes asked for by the name they have in the results, with the bits of their output head and embedding.
+
+    Float weights are what the others are compared with: they stay whole, and have one name, whatever they were called.
+    """
+    from mixllm_jax.models.eight_bit_table import choose_bits
+    from mixllm_jax.models.presets import preset
+    from mixllm_jax.models.random_weights import WeightFormat
+
+    tied = preset(arguments.random_weights).tie_word_embeddings
+    schemes: dict[str, TableBits] = {}
+    for name in filter(None, arguments.schemes.split(",")):
+        if WeightFormat.from_name(name, tied=tied).eight_bit_share is None:
+            schemes["bf16"] = choose_bits(None, None, quantized=False, tied=tied)
+        else:
+            schemes[name] = choose_bits(arguments.lm_head_bits, arguments.embedding_bits, quantized=True, tied=tied)
+    if not schemes:
+        raise OptionError(f"--schemes needs at least one of bf16 and W4A8 to W8A8, found {arguments.schemes!r}")
+    return schemes

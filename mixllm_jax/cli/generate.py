@@ -80,7 +80,10 @@ def _generate_tokens(arguments: argparse.Namespace, prompts: list[str], options:
         raise OptionError("random weights have no chat template: give the prompt without --chat and --system")
     config = preset(arguments.random_weights)
     weights = WeightFormat.from_name(
-        arguments.scheme or "W4.4A8", lm_head_bits=arguments.lm_head_bits, embedding_bits=arguments.embedding_bits
+        arguments.scheme or "W4.4A8",
+        tied=config.tie_word_embeddings,
+        lm_head_bits=arguments.lm_head_bits,
+        embedding_bits=arguments.embedding_bits,
     )
     if weights.eight_bit_share is not None or weights.lm_head_bits == 8:
         require_kernels(fitting_group_size(config), arguments.implementation)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixllm_jax.cli.memory import format_memory, memory_facts
+from mixllm_jax.cli.options import add_table_options
 from mixllm_jax.errors import OptionError
 
 if TYPE_CHECKING:
@@ -31,12 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="(default: bfloat16)"
     )
     memory.add_argument("--kv-bits", type=int, choices=(8, 16), default=16, help="of keys and values (default: 16)")
-    memory.add_argument(
-        "--lm-head-bits", type=int, choices=(8, 16), default=16, help="of the output head (default: 16)"
-    )
-    memory.add_argument(
-        "--embedding-bits", type=int, choices=(8, 16), default=16, help="of the embedding (default: 16)"
-    )
+    add_table_options(memory)
 
 
 def run(arguments: argparse.Namespace) -> None:

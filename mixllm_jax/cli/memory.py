@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mixllm_jax.checkpoint import CheckpointReader
     from mixllm_jax.models.decoder import Decoder
+    from mixllm_jax.models.eight_bit_table import TableBits
 
 
-def abstract_model(reader: CheckpointReader, dtype: str, lm_head_bits: int, embedding_bits: int) -> Decoder:
+def abstract_model(reader: CheckpointReader, dtype: str, tables: TableBits) -> Decoder:
     """The model with shapes and dtypes in place of arrays; reads no weights."""
     import jax
     import ml_dtypes  # noqa: F401  (registers the name "bfloat16" with NumPy)
@@ -27,9 +28,7 @@ def abstract_model(reader: CheckpointReader, dtype: str, lm_head_bits: int, embe
             for path, array in entry["arrays"].items()
         }
         parts[name] = unflatten(arrays, entry["packed"])
-    execution = Execution(
-        dtype=np.dtype(dtype), lm_head_bits=cast(Any, lm_head_bits), embedding_bits=cast(Any, embedding_bits)
-    )
+    execution = Execution(dtype=np.dtype(dtype), lm_head_bits=tables.lm_head, embedding_bits=tables.embedding)
     return jax.eval_shape(lambda values: Decoder.from_parameters(reader.config, values, execution), parts)
 
 
@@ -40,16 +39,17 @@ def memory_facts(
     context: int | None,
     dtype: str,
     kv_bits: int,
-    lm_head_bits: int,
-    embedding_bits: int,
+    lm_head_bits: int | None,
+    embedding_bits: int | None,
 ) -> dict[str, Any]:
     """The estimate in bytes, with what it is for.
 
     Raises:
-        OptionError: The context is longer than the model's.
+        OptionError: The context is longer than the model's, or bits that are not possible.
     """
     from mixllm_jax.errors import OptionError
     from mixllm_jax.generation.engine import Engine
+    from mixllm_jax.loading import table_bits
 
     longest = reader.config.max_position_embeddings
     context = min(4096, longest) if context is None else context
@@ -57,7 +57,8 @@ def memory_facts(
         raise OptionError(f"--context must be from 1 to {longest}, the longest that this model takes, found {context}")
     if batch < 1:
         raise OptionError(f"--batch must be at least 1, found {batch}")
-    engine = Engine(abstract_model(reader, dtype, lm_head_bits, embedding_bits), kv_bits=kv_bits)
+    tables = table_bits(reader, lm_head_bits, embedding_bits)
+    engine = Engine(abstract_model(reader, dtype, tables), kv_bits=kv_bits)
     positions = engine.cache_length(context)
     estimate = engine.estimate_memory(batch, positions)
     return {
@@ -66,8 +67,8 @@ def memory_facts(
         "cache_positions": positions,
         "dtype": dtype,
         "kv_bits": kv_bits,
-        "lm_head_bits": lm_head_bits,
-        "embedding_bits": embedding_bits,
+        "lm_head_bits": tables.lm_head,
+        "embedding_bits": tables.embedding,
         "weights": estimate.weights,
         "cache": estimate.cache,
         "activations": estimate.activations,

@@ -33,19 +33,22 @@ def add_execution_options(parser: argparse.ArgumentParser) -> None:
         default=16,
         help="8 stores keys and values as int8, one scale a token and head; 16 as the compute dtype (default: 16)",
     )
-    group.add_argument(
+    add_table_options(group)
+
+
+def add_table_options(parser: argparse._ActionsContainer) -> None:
+    """Bits of the output head and the embedding; what is not given is None and depends on the model."""
+    parser.add_argument(
         "--lm-head-bits",
         type=int,
         choices=(8, 16),
-        default=16,
-        help="8 rounds the output head to 8 bits and runs it with int8 activations (default: 16, as it is)",
+        help="8 rounds the output head to 8 bits, 16 leaves it as it is (default: 8 for a quantized model)",
     )
-    group.add_argument(
+    parser.add_argument(
         "--embedding-bits",
         type=int,
         choices=(8, 16),
-        default=16,
-        help="8 rounds the embedding to 8 bits, which saves memory (default: 16, as it is)",
+        help="8 rounds the embedding to 8 bits, 16 leaves it as it is (default: 8 for a quantized model)",
     )
 
 

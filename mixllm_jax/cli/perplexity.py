@@ -49,8 +49,10 @@ def run(arguments: argparse.Namespace) -> None:
     sequences = cut_sequences(tokens, arguments.samples, arguments.sequence_length, str(arguments.text))
     rows = []
     for result in evaluate({name: _measured(model, arguments.kv_bits) for name, model in loaded.items()}, sequences):
-        report = loaded[result.name].metadata.get("quantization_report")
-        rows.append({**vars(result), "bits_per_weight": report["bits_per_weight"] if report else None})
+        model = loaded[result.name]
+        report = model.metadata.get("quantization_report")
+        bits = {"lm_head_bits": model.table_bits.lm_head, "embedding_bits": model.table_bits.embedding}
+        rows.append({**vars(result), "bits_per_weight": report["bits_per_weight"] if report else None, **bits})
     print(format_table(rows))
     if arguments.json is not None:
         settings: dict[str, Any] = {
@@ -59,8 +61,6 @@ def run(arguments: argparse.Namespace) -> None:
             "sequence_length": sequences.shape[1],
             "dtype": arguments.dtype,
             "kv_bits": arguments.kv_bits,
-            "lm_head_bits": arguments.lm_head_bits,
-            "embedding_bits": arguments.embedding_bits,
         }
         arguments.json.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
 

@@ -120,7 +120,10 @@ def measure_rows(
         `bits_per_weight` of the quantised linears with scales and zero points, and `settings`; the last two are None
         for the float model.
     """
-    loaded = {FLOAT_ROW: load(reader.path)} | {row.name: load(work_dir / row.folder) for row in rows}
+    # The table is about the quantised linears: output head and embedding stay as they are.
+    whole: Any = {"lm_head_bits": 16, "embedding_bits": 16}
+    loaded = {FLOAT_ROW: load(reader.path, **whole)}
+    loaded |= {row.name: load(work_dir / row.folder, **whole) for row in rows}
     results = evaluate({name: model.model for name, model in loaded.items()}, sequences)
     table = []
     for result in results:

@@ -153,7 +153,7 @@ def _check(models: Mapping[str, LanguageModel], length: int) -> None:
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table for the terminal of rows with `name`, `perplexity`, `kl`, `top1_agreement`, `bits_per_weight`.
+    """A table for the terminal of rows with a `name` and what else there is of the columns below.
 
     A column in which no row has a value is left out; a value that is None prints as `-`.
     """
@@ -162,6 +162,8 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
         ("kl", "KL divergence", "{:.4f}"),
         ("top1_agreement", "top-1 agreement", "{:.2%}"),
         ("bits_per_weight", "bits per weight", "{:.3f}"),
+        ("lm_head_bits", "head bits", "{}"),
+        ("embedding_bits", "embedding bits", "{}"),
     )
     columns = tuple(column for column in possible if any(row.get(column[0]) is not None for row in rows))
     cells = [["model", *(title for _, title, _ in columns)]]

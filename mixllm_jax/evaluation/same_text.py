@@ -190,14 +190,17 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64, metavar="N", help="tokens a prompt (default: 64)")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--kv-bits", type=int, default=16)
+    parser.add_argument("--lm-head-bits", type=int, default=16)
+    parser.add_argument("--embedding-bits", type=int, default=16)
     parser.add_argument("--out", type=Path, metavar="FILE", help="add the comparison to this file")
     arguments = parser.parse_args()
-    loaded = load(arguments.folder, dtype=arguments.dtype, kv_bits=arguments.kv_bits)
+    bits: Any = {name: getattr(arguments, name) for name in ("kv_bits", "lm_head_bits", "embedding_bits")}
+    loaded = load(arguments.folder, dtype=arguments.dtype, **bits)
     settings = {
         "model": loaded.path.name,
         "device": jax.devices()[0].device_kind,
         "dtype": str(loaded.model.embedding.dtype),
-        "kv_bits": arguments.kv_bits,
+        **bits,
         "versions": versions(),
         "command": shlex.join(["python", "-m", "mixllm_jax.evaluation.same_text", *sys.argv[1:]]),
     }

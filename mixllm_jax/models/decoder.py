@@ -7,18 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from mixllm_jax.errors import OptionError
 from mixllm_jax.models.block import Block
 from mixllm_jax.models.cache import KVCache
 from mixllm_jax.models.config import ModelConfig, layer_part_name
-from mixllm_jax.models.eight_bit_table import eight_bit_table, look_up
+from mixllm_jax.models.eight_bit_table import HEAD_ACTIVATION_TERMS, choose_bits, eight_bit_table, look_up
 from mixllm_jax.models.linear import Linear
 from mixllm_jax.models.norm import RMSNorm
 from mixllm_jax.models.parameters import Execution, Parameters, check_parameters
 from mixllm_jax.models.rope import rotary_embedding
+from pallas_kernels import prepare_weight
 from pallas_kernels.kv_cache import LayerCache
 from pallas_kernels.packing import PackedWeight
 
@@ -26,10 +25,11 @@ from pallas_kernels.packing import PackedWeight
 class Embedding(nnx.Module):
     """Token embedding, `[vocab, hidden]` in the compute dtype, or packed in 8 bits."""
 
-    def __init__(self, weight: Float[Array, "vocab hidden"] | PackedWeight, dtype: DTypeLike) -> None:
+    def __init__(self, weight: Float[Array, "vocab hidden"] | PackedWeight, execution: Execution) -> None:
         packed = isinstance(weight, PackedWeight)
-        self.weight = nnx.Param(jax.tree.map(jnp.asarray, weight) if packed else jnp.asarray(weight, dtype))
-        self.dtype = jnp.dtype(dtype)
+        self.weight = nnx.Param(jax.tree.map(jnp.asarray, weight) if packed else jnp.asarray(weight, execution.dtype))
+        self.dtype = jnp.dtype(execution.dtype)
+        self.execution = execution
 
     @classmethod
     def from_parameters(
@@ -41,7 +41,9 @@ class Embedding(nnx.Module):
         weight = parameters["embed.weight"]
         if execution.embedding_bits == 8 and not isinstance(weight, PackedWeight):
             weight = eight_bit_table(weight)
-        return cls(weight, execution.dtype)
+        if isinstance(weight, PackedWeight) and config.tie_word_embeddings:
+            weight = prepare_weight(weight, execution.implementation)
+        return cls(weight, execution)
 
     def __call__(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length hidden"]:
         """Looks up the rows of int32 `tokens`."""
@@ -49,6 +51,10 @@ class Embedding(nnx.Module):
         if isinstance(weight, PackedWeight):
             return look_up(weight, tokens, self.dtype)
         return jnp.take(weight, tokens, axis=0, mode="clip")
+
+    def projection(self) -> Linear:
+        """The output projection that a tied embedding is as well."""
+        return _output_projection(self.weight.get_value(), self.execution)
 
 
 class Head(nnx.Module):
@@ -63,23 +69,24 @@ class Head(nnx.Module):
         """Builds it from the checkpoint part `final`; `CheckpointError` where that does not fit."""
         check_parameters(config, "final", parameters)
         execution = execution or Execution()
-        lm_head = None
-        if "lm_head.weight" in parameters:
-            lm_head = Linear(
-                parameters["lm_head.weight"],
-                dtype=execution.dtype,
-                activation_bits=execution.activation_bits,
-                implementation=execution.implementation,
-            )
+        weight = parameters.get("lm_head.weight")
+        lm_head = None if weight is None else _output_projection(weight, execution)
         return cls(RMSNorm(parameters["norm.weight"], config.norm_epsilon), lm_head)
 
     def __call__(self, x: Float[Array, "*batch hidden"], embedding: Embedding) -> Float[Array, "*batch vocab"]:
         """Logits, float32; `embedding` is used where there is no projection of its own."""
-        x = self.norm(x)
-        if self.lm_head is not None:
-            return self.lm_head(x, out_dtype=jnp.float32)
-        contracted = (((x.ndim - 1,), (1,)), ((), ()))
-        return jax.lax.dot_general(x, embedding.weight.get_value(), contracted, preferred_element_type=jnp.float32)
+        lm_head = embedding.projection() if self.lm_head is None else self.lm_head
+        return lm_head(self.norm(x), out_dtype=jnp.float32)
+
+
+def _output_projection(weight: Float[Array, "vocab hidden"] | PackedWeight, execution: Execution) -> Linear:
+    return Linear(
+        weight,
+        dtype=execution.dtype,
+        activation_bits=execution.activation_bits,
+        activation_terms=HEAD_ACTIVATION_TERMS,
+        implementation=execution.implementation,
+    )
 
 
 class Decoder(nnx.Module):
@@ -116,10 +123,8 @@ class Decoder(nnx.Module):
             OptionError: 8 bits for an embedding that is the float output head as well.
         """
         execution = execution or Execution()
-        if config.tie_word_embeddings and execution.embedding_bits == 8 and execution.lm_head_bits != 8:
-            raise OptionError(
-                "the embedding of this model is its output head as well: --embedding-bits 8 needs --lm-head-bits 8 too"
-            )
+        tied = config.tie_word_embeddings
+        choose_bits(execution.lm_head_bits, execution.embedding_bits, quantized=True, tied=tied)  # checks
         read = parts if callable(parts) else parts.__getitem__
         embedding = Embedding.from_parameters(config, read("embedding"), execution)
         layers = [
@@ -127,7 +132,7 @@ class Decoder(nnx.Module):
             for layer in range(config.num_layers)
         ]
         final = dict(read("final"))
-        if execution.lm_head_bits == 8:
+        if execution.lm_head_bits == 8 and not (tied and execution.embedding_bits == 8):
             head = final.get("lm_head.weight", embedding.weight.get_value())
             final["lm_head.weight"] = head if isinstance(head, PackedWeight) else eight_bit_table(head)
         return cls(config, embedding, layers, Head.from_parameters(config, final, execution))

@@ -22,6 +22,8 @@ class Linear(nnx.Module):
         dtype: Compute dtype; also the dtype of the result where the input is `QuantizedActivations`.
         activation_bits: For packed weights: 8 runs the integer arithmetic of the format; 16 de-quantises the weights
             and leaves the activations as they are (for comparison rows such as W4A16, not for speed).
+        activation_terms: Int8 terms whose sum stands for the activations, with 8 `activation_bits`: 2 are as good as
+            16 bits and cost twice the tokens in the product. The layer then takes float activations alone.
         implementation: Which implementation of the operations in `pallas_kernels` to use.
     """
 
@@ -32,10 +34,13 @@ class Linear(nnx.Module):
         *,
         dtype: DTypeLike,
         activation_bits: Literal[8, 16] = 8,
+        activation_terms: Literal[1, 2] = 1,
         implementation: str = "auto",
     ) -> None:
         if activation_bits not in (8, 16):
             raise ValueError(f"activation_bits must be 8 or 16, found {activation_bits}")
+        if activation_terms not in (1, 2):
+            raise ValueError(f"activation_terms must be 1 or 2, found {activation_terms}")
         if isinstance(weight, PackedWeight):
             prepared = prepare_weight(weight, implementation) if activation_bits == 8 else weight
             self.weight = nnx.Param(jax.tree.map(jnp.asarray, prepared))
@@ -44,13 +49,15 @@ class Linear(nnx.Module):
         self.bias = None if bias is None else nnx.Param(jnp.asarray(bias, dtype))
         self.dtype = jnp.dtype(dtype)
         self.activation_bits = activation_bits
+        self.activation_terms = activation_terms
         self.implementation = implementation
 
     @property
     def group_size(self) -> int | None:
         """Group size of the int8 activations this layer accepts, None where it needs float activations."""
         weight = self.weight.get_value()
-        return weight.group_size if isinstance(weight, PackedWeight) and self.activation_bits == 8 else None
+        takes_codes = isinstance(weight, PackedWeight) and self.activation_bits == 8 and self.activation_terms == 1
+        return weight.group_size if takes_codes else None
 
     def activation_layout(self, tokens: int) -> Layout:
         """In which layout `tokens` rows of quantised activations should come: any other costs a pass over them."""
@@ -84,9 +91,15 @@ class Linear(nnx.Module):
             return mixed_matmul(x, weight, bias, out_dtype=out_dtype, implementation=self.implementation)
         out_dtype = out_dtype or x.dtype
         if isinstance(weight, PackedWeight):
-            if self.group_size is not None:
-                flat = x.reshape(-1, x.shape[-1])
-                y = quantized_linear(flat, weight, bias, out_dtype=out_dtype, implementation=self.implementation)
+            if self.activation_bits == 8:
+                y = quantized_linear(
+                    x.reshape(-1, x.shape[-1]),
+                    weight,
+                    bias,
+                    out_dtype=out_dtype,
+                    activation_terms=self.activation_terms,
+                    implementation=self.implementation,
+                )
                 return y.reshape(*x.shape[:-1], y.shape[-1])
             weight = dequantize(weight)
         contracted = (((x.ndim - 1,), (1,)), ((), ()))

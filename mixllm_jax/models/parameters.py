@@ -23,7 +23,7 @@ class Execution:
         activation_bits: Activations of packed linears: 8 (the format) or 16 (weights de-quantised, for comparison).
         implementation: Which implementation of the operations in `pallas_kernels` to use.
         lm_head_bits: 8 rounds the weights of the output head to 8 bits as the model is built, and runs it with int8
-            activations; a tied one becomes a weight of its own, or shares that of an 8-bit embedding.
+            activations in two terms; a tied one becomes a weight of its own, or shares that of an 8-bit embedding.
         embedding_bits: 8 rounds the embedding to 8 bits as the model is built.
     """
 

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from mixllm_jax.errors import OptionError
 from mixllm_jax.models.config import LINEAR_NAMES, LINEAR_PATHS, ModelConfig
 from mixllm_jax.models.decoder import Decoder
+from mixllm_jax.models.eight_bit_table import choose_bits
 from mixllm_jax.models.parameters import Execution
 from pallas_kernels.packing import GROUP_SIZES, PackedWeight
 
@@ -34,7 +35,7 @@ class WeightFormat:
     Attributes:
         eight_bit_share: Share of 8-bit output channels of every linear; None for float weights.
         group_size: Input channels that share a scale; None for the largest that fits the model.
-        lm_head_bits: 8 for an output head with 8-bit weights and activations, 16 for a float one.
+        lm_head_bits: 8 for an output head with 8-bit weights and two int8 terms of activations, 16 for a float one.
         embedding_bits: 8 for an 8-bit embedding, 16 for a float one.
     """
 
@@ -45,23 +46,30 @@ class WeightFormat:
 
     @classmethod
     def from_name(
-        cls, name: str, *, lm_head_bits: Literal[8, 16] = 16, embedding_bits: Literal[8, 16] = 16
+        cls, name: str, *, tied: bool = False, lm_head_bits: int | None = None, embedding_bits: int | None = None
     ) -> "WeightFormat":
         """`bf16`, or `W4A8`, `W4.4A8`, ..., `W8A8`.
 
+        Args:
+            name: Of the scheme.
+            tied: The model's embedding is its output head as well (matters where one of the bits is given).
+            lm_head_bits: Of the output head; None for what loading a model in this scheme would take.
+            embedding_bits: Likewise, of the embedding.
+
         Raises:
-            OptionError: Another name.
+            OptionError: Another name, or bits that are not possible.
         """
-        if name.lower() in ("bf16", "float"):
-            return cls(None, lm_head_bits=lm_head_bits, embedding_bits=embedding_bits)
-        try:
-            weight_bits, activation_bits = name.upper().removeprefix("W").split("A")
-            share = (float(weight_bits) - 4) / 4
-        except ValueError:
-            share, activation_bits = -1.0, ""
-        if not 0 <= share <= 1 or activation_bits != "8":
-            raise OptionError(f"unknown scheme {name!r}: expected bf16, or W4A8 to W8A8 such as W4.4A8")
-        return cls(share, lm_head_bits=lm_head_bits, embedding_bits=embedding_bits)
+        share: float | None = None
+        if name.lower() not in ("bf16", "float"):
+            try:
+                weight_bits, activation_bits = name.upper().removeprefix("W").split("A")
+                share = (float(weight_bits) - 4) / 4
+            except ValueError:
+                share, activation_bits = -1.0, ""
+            if not 0 <= share <= 1 or activation_bits != "8":
+                raise OptionError(f"unknown scheme {name!r}: expected bf16, or W4A8 to W8A8 such as W4.4A8")
+        tables = choose_bits(lm_head_bits, embedding_bits, quantized=share is not None, tied=tied)
+        return cls(share, lm_head_bits=tables.lm_head, embedding_bits=tables.embedding)
 
 
 def fitting_group_size(config: ModelConfig) -> int:

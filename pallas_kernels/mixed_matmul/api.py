@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels import activations as activations_module
 from pallas_kernels import packing, registry
 from pallas_kernels.activations import Layout, QuantizedActivations
-from pallas_kernels.mixed_matmul import configs, pallas_mosaic_gpu, pallas_triton, unsigned_operands, xla
+from pallas_kernels.mixed_matmul import configs, pallas_mosaic_gpu, pallas_triton, terms, unsigned_operands, xla
 from pallas_kernels.mixed_matmul.triton_tiles import problem_of
 from pallas_kernels.packing import PackedWeight
 from pallas_kernels.quantize_activations.api import quantize_activations
@@ -85,12 +85,18 @@ def quantized_linear(
     bias: jax.Array | None = None,
     *,
     out_dtype: jax.typing.DTypeLike,
+    activation_terms: int = 1,
     implementation: str = "auto",
 ) -> jax.Array:
     """`mixed_matmul(quantize_activations(x), weight, bias)` for float x `[tokens, in_features]`.
 
-    For layers whose input no other kernel has quantised already; the errors are those of the two operations.
+    For layers whose input no other kernel has quantised already; the errors are those of the two operations. With
+    `activation_terms` x is quantised as a sum of that many int8 terms (`mixed_matmul.terms`), with two to some 16 bits.
     """
+    if activation_terms > 1:
+        activations = terms.quantize(x, weight.group_size, activation_terms, implementation=implementation)
+        products = mixed_matmul(activations, weight, out_dtype=jnp.float32, implementation=implementation)
+        return terms.add(products, activation_terms, bias).astype(out_dtype)
     layout = activation_layout(x.shape[0], weight, implementation)
     activations = quantize_activations(x, weight.group_size, layout=layout, implementation=implementation)
     return mixed_matmul(activations, weight, bias, out_dtype=out_dtype, implementation=implementation)
@@ -107,6 +113,8 @@ def prepare_weight(weight: PackedWeight, implementation: str = "auto") -> Packed
         weight: Of NumPy or JAX arrays; the sums are of the same kind.
         implementation: That the weight is for: `auto`, or a name from the registry.
     """
+    if weight.code_sums8 is not None:
+        return weight
     if implementation not in ("auto", "mosaic_gpu") or weight.group_size != unsigned_operands.GROUP_SIZE:
         return weight
     reason = OPERATION.implementations["mosaic_gpu"].refuses(
