@@ -8,7 +8,7 @@ import scipy.stats
 from tiny_chat_model import byte_tokenizer
 
 from mixllm_jax.errors import OptionError
-from mixllm_jax.generation import Engine, IncrementalDetokenizer, PromptCache, SamplingSettings, engine
+from mixllm_jax.generation import Engine, IncrementalDetokenizer, PromptCache, SamplingSettings, engine, prefill
 from mixllm_jax.generation.sampling import Sampler, keep_likely
 from mixllm_jax.models.config import ModelConfig
 from mixllm_jax.models.decoder import Decoder, random_parameters
@@ -108,12 +108,12 @@ def test_sampled_text_depends_on_the_seed_and_not_on_the_chunks(model):
 
 def test_no_program_is_compiled_twice(model):
     Engine(model).generate([[1] * 17], max_tokens=3)
-    before = engine.prefill_step._cache_size(), engine.decode._cache_size()
+    before = prefill.run_layers._cache_size(), engine.decode._cache_size()
     for length in (18, 20, 24):
         for temperature in (0.3, 0.9):
             sampling = SamplingSettings(temperature=temperature, seed=length)
             Engine(model).generate([[1] * length], max_tokens=length, sampling=sampling)
-    assert engine.prefill_step._cache_size() == before[0]
+    assert prefill.run_layers._cache_size() == before[0]
     assert engine.decode._cache_size() <= before[1] + 1  # one for sampling beside one for greedy
 
 

@@ -1,9 +1,9 @@
 """Prefill and decoding, on token ids.
 
-Two jitted functions do all the work: `prefill_step` runs one chunk of the prompts through the model into the key/value
-cache, `decode` runs a loop of decode steps on the device, sampling included. Both give their cache buffers up
-(donation). Lengths are rounded up to a few sizes (`round_up_length`), so that prompts of any length meet programs that
-are compiled already.
+`prefill.PrefillModel` runs one chunk of the prompts through the model into the key/value cache; the jitted function
+`decode` runs a loop of decode steps on the device, sampling included. Both give their cache buffers up (donation).
+Lengths are rounded up to a few sizes (`round_up_length`), so that prompts of any length meet programs that are compiled
+already.
 
 The decode loop has a fixed number of steps: XLA then runs it without asking the device after each step whether to go
 on, and replays one CUDA graph a step. A chunk that outlasts its rows costs a few idle steps.
@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Generator, Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mixllm_jax.errors import OptionError
+from mixllm_jax.generation.flat import Flat
 from mixllm_jax.generation.memory import (
     MemoryEstimate,
     OutOfDeviceMemoryError,
@@ -32,6 +33,7 @@ from mixllm_jax.generation.memory import (
     require_memory,
     weight_bytes,
 )
+from mixllm_jax.generation.prefill import PrefillModel
 from mixllm_jax.generation.sampling import Sampler, SamplingSettings
 from mixllm_jax.models.attention import has_flash_attention
 from mixllm_jax.models.cache import KVCache, require_room
@@ -50,26 +52,6 @@ _MAX_STOP_TOKENS = 16
 _STREAM_INTERVAL = 0.05
 """Seconds of text that a stream collects on the device; well below what a reader notices."""
 NO_TOKEN = -1
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class FlatModel:
-    """A model as the tuple of its arrays: walking through its modules would take Python milliseconds at every call."""
-
-    arrays: tuple[Array, ...]
-    structure: Any = dataclasses.field(metadata={"static": True})
-
-    @classmethod
-    def of(cls, model: Decoder) -> FlatModel:
-        """The arrays as they are now."""
-        arrays, structure = jax.tree.flatten(model)
-        return cls(tuple(arrays), structure)
-
-    def model(self) -> Decoder:
-        """The inverse of `of`."""
-        decoder: Decoder = jax.tree.unflatten(self.structure, self.arrays)
-        return decoder
 
 
 @jax.tree_util.register_dataclass
@@ -107,29 +89,12 @@ class Generation:
     finish_reason: Literal["stop", "length"]
 
 
-# Every prompt brings a cache of its own, at other addresses: XLA would first write these into its CUDA graph, for
-# milliseconds in which the device idles. The kernels of a prompt are long enough to be launched one by one.
-_WITHOUT_CUDA_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("history",),
-    donate_argnames=("cache", "last_logits"),
-    compiler_options=_WITHOUT_CUDA_GRAPHS,
-)
-def prefill_step(
-    flat_model: FlatModel,
-    cache: KVCache,
-    last_logits: Float[Array, "batch vocab"],
-    tokens: Int[Array, "batch length"],
-    lengths: Int[Array, " batch"],
-    history: int | None,
-) -> tuple[KVCache, Array]:
-    """One chunk of right-padded prompts; rows without tokens in this chunk keep their logits."""
-    logits, new_cache = flat_model.model()(tokens, cache, lengths=lengths, last_only=True, history=history)
-    assert new_cache is not None
-    return new_cache, jnp.where((lengths > 0)[:, None], logits, last_logits)
+@jax.jit
+def _keep_logits(
+    lengths: Int[Array, " batch"], logits: Float[Array, "batch vocab"], last: Float[Array, "batch vocab"]
+) -> Array:
+    """Rows without tokens in a chunk keep the logits that they have."""
+    return jnp.where((lengths > 0)[:, None], logits, last)
 
 
 @jax.jit
@@ -145,7 +110,7 @@ def first_token(
 
 @functools.partial(jax.jit, static_argnames=("steps",), donate_argnames=("state",))
 def decode(
-    flat_model: FlatModel,
+    flat_model: Flat[Decoder],
     state: DecodeState,
     sampler: Sampler,
     stop: StopRules,
@@ -153,7 +118,7 @@ def decode(
     steps: int,
 ) -> tuple[DecodeState, Int[Array, "batch steps"]]:
     """Runs `steps` decode steps; `NO_TOKEN` where a row was finished already."""
-    model = flat_model.model()
+    model = flat_model.tree()
 
     def decode_step(step: Array, carry: tuple[DecodeState, Array]) -> tuple[DecodeState, Array]:
         state, tokens = carry
@@ -195,7 +160,8 @@ class Engine:
 
     Attributes:
         model: the decoder.
-        flat_model: its arrays when the engine was made.
+        flat_model: its arrays when the engine was made, for decoding.
+        prefill_model: the same, for prefill.
         max_length: the longest context, prompt and generated tokens together.
         cache_dtype: dtype of the key/value cache: the model's compute dtype, or int8.
     """
@@ -209,7 +175,8 @@ class Engine:
         if kv_bits not in (8, 16):
             raise OptionError(f"kv-bits must be 8 or 16, found {kv_bits}")
         self.model = model
-        self.flat_model = FlatModel.of(model)
+        self.flat_model = Flat.of(model)
+        self.prefill_model = PrefillModel(model)
         self.max_length = model.config.max_position_embeddings
         compute_dtype = model.embedding.dtype
         self.cache_dtype = jnp.dtype(jnp.int8) if kv_bits == 8 else compute_dtype
@@ -277,13 +244,14 @@ class Engine:
         interval: float,
         prompt_cache: PromptCache | None,
     ) -> Generator[list[list[int]], None, None]:
+        cache, held = self._cache_for(prompts, max(map(len, prompts)) + max_tokens, prompt_cache)
+        cache, logits = self.prefill(cache, [prompt[held:] for prompt in prompts], held)
+
+        # While the device works on the prompts:
         sampler = Sampler.from_settings(sampling)
         padding = [NO_TOKEN] * (_MAX_STOP_TOKENS - len(stop_tokens))
         stop = StopRules(jnp.asarray([*stop_tokens, *padding], jnp.int32), jnp.int32(max_tokens))
         row_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), jnp.arange(len(prompts)))
-
-        cache, held = self._cache_for(prompts, max(map(len, prompts)) + max_tokens, prompt_cache)
-        cache, logits = self.prefill(cache, [prompt[held:] for prompt in prompts], held)
         token, generated, active = first_token(sampler, stop, row_keys, logits)
         state = DecodeState(cache, token, generated, active)
 
@@ -292,6 +260,7 @@ class Engine:
             pending, pending_steps, steps = token[:, None], 1, _steps_within(interval, 0.0)
             began = time.monotonic()
             while True:
+                pending.copy_to_host_async()  # as soon as it is there, not only when the host asks
                 # The next chunk is under way before the host waits for this one; without active rows it is empty.
                 state, following = decode(self.flat_model, state, sampler, stop, row_keys, steps)
                 rows = [[int(t) for t in row if t != NO_TOKEN] for row in np.asarray(pending)]
@@ -363,7 +332,7 @@ class Engine:
         Returns:
             The cache, and the float32 logits `[batch, vocab]` after each row's last token.
         """
-        logits: Array = jnp.zeros((len(prompts), self.model.config.vocab_size), jnp.float32)
+        last: Array | None = None
         chunk = self.prefill_chunk(len(prompts))
         for offset, bucket in self._prefill_steps(max(map(len, prompts)), len(prompts), cache.max_length):
             tokens = np.zeros((len(prompts), bucket), np.int32)
@@ -372,20 +341,18 @@ class Engine:
                 part = prompt[offset : offset + chunk]
                 tokens[row, : len(part)] = part
                 lengths[row] = len(part)
-            history = self._history(held + offset)
-            cache, logits = prefill_step(
-                self.flat_model, cache, logits, jnp.asarray(tokens), jnp.asarray(lengths), history
-            )
-        return cache, logits
+            cache, logits = self.prefill_model.step(cache, tokens, lengths, self._history(held + offset))
+            last = logits if last is None else _keep_logits(lengths, logits, last)
+        assert last is not None
+        return cache, last
 
     def lower_prefill(self, cache: KVCache, length: int) -> Iterator[jax.stages.Lowered]:
         """The programs that a prefill of `length` tokens into an empty cache of this shape runs, to compile ahead."""
         batch = cache.lengths.shape[0]
-        logits = jax.ShapeDtypeStruct((batch, self.model.config.vocab_size), jnp.float32)
         lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
         for offset, bucket in self._prefill_steps(length, batch, cache.max_length):
             tokens = jax.ShapeDtypeStruct((batch, bucket), jnp.int32)
-            yield prefill_step.lower(self.flat_model, cache, logits, tokens, lengths, self._history(offset))
+            yield from self.prefill_model.lower(cache, tokens, lengths, self._history(offset))
 
     def _prefill_steps(self, length: int, batch: int, max_length: int) -> Iterator[tuple[int, int]]:
         """First token and padded size of each chunk of the longest prompt."""

@@ -1,6 +1,7 @@
 """The functional key/value cache: a pytree that every forward pass takes and returns anew."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -29,15 +30,21 @@ class KVCache:
     @classmethod
     def zeros(cls, config: ModelConfig, batch: int, max_length: int, dtype: DTypeLike) -> "KVCache":
         """An empty cache for `batch` rows of at most `max_length` tokens; dtype int8 stores codes and scales."""
-        layers = tuple(
-            LayerCache.zeros(batch, max_length, config.num_kv_heads, config.head_dim, dtype)
-            for _ in range(config.num_layers)
-        )
-        return cls(layers, jnp.zeros((batch,), jnp.int32))
+        return _zeros(config, batch, max_length, jnp.dtype(dtype))
 
     def grown(self, max_length: int) -> "KVCache":
         """The same content with room for `max_length` positions a row."""
         return KVCache(tuple(layer.grown(max_length) for layer in self.layers), self.lengths)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "batch", "max_length", "dtype"))
+def _zeros(config: ModelConfig, batch: int, max_length: int, dtype: jnp.dtype) -> KVCache:
+    """One program for all layers: array by array, the host would take milliseconds before a prompt can begin."""
+    layers = tuple(
+        LayerCache.zeros(batch, max_length, config.num_kv_heads, config.head_dim, dtype)
+        for _ in range(config.num_layers)
+    )
+    return KVCache(layers, jnp.zeros((batch,), jnp.int32))
 
 
 def require_room(prompt_lengths: Sequence[int], new_tokens: int, max_length: int) -> None:
