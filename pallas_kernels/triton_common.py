@@ -14,24 +14,32 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels import registry
 from pallas_kernels.activations import SMALLEST_SCALE
 from pallas_kernels.packing import GROUP_SIZES
-from pallas_kernels.triton_primitives import divide, fma, round_to_int8
+from pallas_kernels.triton_primitives import divide, fma, round_to_int
 
 MAX_ELEMENTS = 2**30
 """Elements of an array that the kernels' 32-bit offsets reach with room to spare."""
 
 
-def quantize_groups(groups: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """float32 `[..., group_size]` to int8 codes of the same shape and float32 scales `[...]`."""
-    scales = divide(jnp.max(jnp.abs(groups), axis=-1), jnp.full(groups.shape[:-1], 127.0, jnp.float32))
+def quantize_groups(groups: jax.Array, *, offset: int = 0) -> tuple[jax.Array, jax.Array]:
+    """Quantise groups whose values lie along the first and the last axis.
+
+    Args:
+        groups: float32 `[chunks, groups, columns]`.
+        offset: Added to the codes; even.
+
+    Returns:
+        Codes plus the offset, int32 of the same shape, and float32 scales `[1, groups, 1]`.
+    """
+    largest = jnp.expand_dims(jnp.max(jnp.max(jnp.abs(groups), axis=0), axis=-1), (0, 2))
+    scales = divide(largest, jnp.full(largest.shape, 127.0, jnp.float32))
     scales = jnp.where(scales < SMALLEST_SCALE, 0.0, scales)
     divisors = jnp.where(scales > 0, scales, 1.0)
     inverses = divide(jnp.full(divisors.shape, 1.0, jnp.float32), divisors)
-    divisors, inverses = jnp.expand_dims(divisors, -1), jnp.expand_dims(inverses, -1)
     # One correction step makes the product with the rounded inverse the correctly rounded quotient (Markstein), at a
     # fraction of the cost of a division for every element.
     quotients = groups * inverses
     remainders = fma(-quotients, divisors, groups)
-    return round_to_int8(fma(remainders, inverses, quotients)), scales
+    return round_to_int(fma(remainders, inverses, quotients), offset), scales
 
 
 NUM_COUNTERS = 1024

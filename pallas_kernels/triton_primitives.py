@@ -164,6 +164,29 @@ def divide(a: jax.Array, b: jax.Array) -> jax.Array:
     return _divide.bind(a, jnp.broadcast_to(b, a.shape))
 
 
+# x / (1 + exp(-x)); as Triton writes it, the special cases of the exponential and the division cost 20 instructions.
+_silu = _primitive(
+    "silu",
+    lambda x: x / (1.0 + jnp.exp(-x)),
+    _inline_asm(
+        "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; "
+        "rcp.approx.ftz.f32 t, t; mul.f32 $0, $1, t; }",
+        "=f,f",
+        1,
+    ),
+)
+
+
+def silu(x: jax.Array) -> jax.Array:
+    """X / (1 + exp(-x)) in float32, with a relative error of some 2**-22 and 2**-23 |x| on the GPU."""
+    return _silu.bind(x)
+
+
+def round_to_int(x: jax.Array, offset: int = 0) -> jax.Array:
+    """float32 below 2**21 in magnitude, rounded half to even, plus an even `offset` below 2**21, as int32."""
+    return jax.lax.bitcast_convert_type(x + (MAGIC + offset), jnp.int32) - MAGIC_BITS
+
+
 def round_to_int8(x: jax.Array) -> jax.Array:
     """float32 within -127..127, rounded half to even."""
-    return (jax.lax.bitcast_convert_type(x + MAGIC, jnp.int32) - MAGIC_BITS).astype(jnp.int8)
+    return round_to_int(x).astype(jnp.int8)

@@ -32,6 +32,10 @@ from pallas_kernels import (
 from pallas_kernels.mixed_matmul import api as matmul_api
 from pallas_kernels.mixed_matmul import pallas_mosaic_gpu
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MosaicGpuConfig
+from pallas_kernels.quantize_activations import pallas_triton as quantize_triton
+from pallas_kernels.quantize_activations.pallas_triton import Config
+from pallas_kernels.rms_norm_quantize import pallas_triton as rms_norm_triton
+from pallas_kernels.swiglu_quantize import pallas_triton as swiglu_triton
 
 gpu = pytest.mark.gpu
 INTERPRETED = pytest.param(
@@ -103,6 +107,29 @@ def test_quantizers_write_the_unsigned_layout(
     assert np.abs(codes.astype(int) - np.asarray(signed.codes)).max() <= (1 if operation is _rms_norm else 0)
     assert np.mean(codes != np.asarray(signed.codes)) < 1e-3
     np.testing.assert_array_equal(unsigned.codes, operand(codes, np.asarray(unsigned.scales)))
+
+
+@pytest.mark.parametrize("interpret", [pytest.param(True, marks=INTERPRETED.marks), pytest.param(False, marks=gpu)])
+@pytest.mark.parametrize(("group_size", "layout"), [(128, "signed"), (128, "unsigned"), (32, "signed")])
+def test_settings_do_not_change_the_codes(interpret: bool, group_size: int, layout: activations.Layout):
+    """Groups in one piece or in chunks, one program or several, some of them past the end."""
+    x = jnp.asarray(values(3, 5 * 128), "bfloat16")
+    settings = {"group_size": group_size, "layout": layout, "interpret": interpret}
+    chunks = min(64, group_size)
+    configs = Config(8, group_size, 4), Config(32, chunks, 4)
+    for quantize, values_ in (
+        (quantize_triton.quantize_activations, x),
+        (swiglu_triton.swiglu_quantize, jnp.concatenate([x, x[::-1]], axis=1)),
+    ):
+        one, other = (jax.jit(functools.partial(quantize, config=config, **settings))(values_) for config in configs)
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+    norm = functools.partial(rms_norm_triton.rms_norm_quantize, x, x[0], x, epsilon=1e-5, **settings)
+    (one, total), (other, other_total) = (jax.jit(functools.partial(norm, columns=n))() for n in (group_size, chunks))
+    np.testing.assert_array_equal(total, other_total)
+    np.testing.assert_allclose(one.scales, other.scales, rtol=1e-6)
+    one, other = (np.asarray(found.in_layout("signed").codes, int) for found in (one, other))
+    assert np.abs(one - other).max() <= 1
+    assert np.mean(one != other) < 1e-3
 
 
 @pytest.mark.parametrize("implementation", ["xla", INTERPRETED, pytest.param("triton", marks=gpu)])

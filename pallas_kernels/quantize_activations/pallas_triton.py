@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -16,47 +17,86 @@ from pallas_kernels.quantize_activations.triton_output import QuantizedOutput
 from pallas_kernels.triton_common import refuses_triton
 
 LoadGroups = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
-"""Takes the input, the tokens, the offsets within a token and a mask; gives float32 `[groups, group_size]`."""
+"""Takes the input, the tokens, the offsets within a token and a mask; gives float32 `[chunks, groups, columns]`."""
 
-GROUPS_OF_PROGRAM = 8
-"""Fastest or nearly so from 1 to 2048 tokens, of those from 2 to 64, for plain activations and behind SwiGLU."""
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the groups are divided among programs and threads.
+
+    Attributes:
+        groups: Of a program.
+        columns: Of a group, in a chunk of it; see `QuantizedOutput`.
+        num_warps: Of a program.
+    """
+
+    groups: int
+    columns: int
+    num_warps: int
+
+
+MANY_GROUPS = 8192
+"""From here on programs of 32 groups are enough to keep all multiprocessors of a large GPU busy."""
+
+
+def default_config(groups: int, group_size: int) -> Config:
+    """For a number of groups of all tokens: threads enough for every multiprocessor, or else few instructions."""
+    if groups < MANY_GROUPS:
+        return Config(8, group_size, 4)
+    return Config(32, min(group_size, 64), 4)
 
 
 def quantize_activations(
-    x: jax.Array, *, group_size: int, layout: Layout = "signed", interpret: bool = False
+    x: jax.Array,
+    *,
+    group_size: int,
+    layout: Layout = "signed",
+    config: Config | None = None,
+    interpret: bool = False,
 ) -> QuantizedActivations:
-    """Symmetric int8 quantisation of float `[tokens, features]`, one scale for each token and group."""
+    """Symmetric int8 quantisation of float `[tokens, features]`; `config` overrides the choice."""
     tokens, features = x.shape
     load_groups = functools.partial(_load_groups, features=features)
-    output = QuantizedOutput(tokens, features, group_size, layout)
-    return quantize_loaded(load_groups, x, output, "quantize_activations", interpret=interpret)
+    sizes = (tokens, features, group_size, layout)
+    return quantize_loaded(load_groups, x, sizes, "quantize_activations", config, interpret=interpret)
 
 
 def quantize_loaded(
-    load_groups: LoadGroups, x: jax.Array, output: QuantizedOutput, name: str, *, interpret: bool
+    load_groups: LoadGroups,
+    x: jax.Array,
+    sizes: tuple[int, int, int, Layout],
+    name: str,
+    config: Config | None,
+    *,
+    interpret: bool,
 ) -> QuantizedActivations:
-    """Quantise what `load_groups` makes of `x`.
+    """Quantise what `load_groups` makes of `x`; `sizes` are tokens, features, the group size and the layout.
 
     The groups of all tokens are one list, of which a program takes a run.
     """
+    tokens, features, group_size, layout = sizes
+    config = config or default_config(tokens * features // group_size, group_size)
+    output = QuantizedOutput(tokens, features, group_size, layout, config.columns)
     out = pl.pallas_call(
-        functools.partial(_quantize_kernel, load_groups=load_groups, output=output),
-        grid=(pl.cdiv(output.tokens * output.places, GROUPS_OF_PROGRAM),),
+        functools.partial(_quantize_kernel, load_groups=load_groups, output=output, groups=config.groups),
+        grid=(pl.cdiv(tokens * output.places, config.groups),),
         out_shape=output.shapes(),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=1),
         interpret=interpret,
         name=name,
     )(x.reshape(-1))
     return output.activations(out)
 
 
-def _quantize_kernel(x_ref: Any, out_refs: dict[str, Any], *, load_groups: LoadGroups, output: QuantizedOutput) -> None:
+def _quantize_kernel(
+    x_ref: Any, out_refs: dict[str, Any], *, load_groups: LoadGroups, output: QuantizedOutput, groups: int
+) -> None:
     output.clear_counters(out_refs, pl.program_id(0) == 0)
-    index = pl.program_id(0) * GROUPS_OF_PROGRAM + jax.lax.broadcasted_iota(jnp.int32, (GROUPS_OF_PROGRAM, 1), 0)
+    index = pl.program_id(0) * groups + jax.lax.broadcasted_iota(jnp.int32, (1, groups, 1), 1)
     token, group = index // output.places, index % output.places
-    column = jax.lax.broadcasted_iota(jnp.int32, (1, output.group_size), 1)
     exists = (token < output.tokens) & (group < output.num_groups)
-    output.store(out_refs, load_groups(x_ref, token, group * output.group_size + column, exists), token, group)
+    values = load_groups(x_ref, token, group * output.group_size + output.channels, exists)
+    output.store(out_refs, values, token, group)
 
 
 def _load_groups(x_ref: Any, token: jax.Array, offset: jax.Array, valid: jax.Array, *, features: int) -> jax.Array:

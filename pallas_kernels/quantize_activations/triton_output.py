@@ -17,12 +17,29 @@ from pallas_kernels.triton_common import clear_counters, counters_shape, quantiz
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedOutput:
-    """The outputs of a kernel, flat arrays by name, and how groups are stored in them."""
+    """The outputs of a kernel, flat arrays by name, and how groups are stored in them.
+
+    Attributes:
+        tokens: Rows of the activations.
+        features: Input channels.
+        group_size: Channels that share a scale.
+        layout: Of the codes.
+        columns: Of a group in one chunk. A kernel has its values as `[chunks, groups, columns]`, where the threads
+            divide the last two axes among them: with fewer columns a thread has more of a group, and less of its
+            instructions are spent on what there is once for each group.
+    """
 
     tokens: int
     features: int
     group_size: int
     layout: Layout
+    columns: int
+
+    @property
+    def channels(self) -> jax.Array:
+        """int32 `[chunks, 1, columns]`: which channels of its group a value belongs to."""
+        chunk = jax.lax.broadcasted_iota(jnp.int32, (self.group_size // self.columns, 1, 1), 0)
+        return chunk * self.columns + jax.lax.broadcasted_iota(jnp.int32, (1, 1, self.columns), 2)
 
     @property
     def num_groups(self) -> int:
@@ -62,20 +79,19 @@ class QuantizedOutput:
 
         Args:
             refs: The outputs.
-            values: float32 `[groups, group_size]`; 0 where there is no such group.
-            token: int32 `[groups, 1]` or a scalar; groups of tokens past the end are left out.
-            group: int32 `[groups, 1]`, of the token; those past `places` are left out.
+            values: float32 `[chunks, groups, columns]`; 0 where there is no such group.
+            token: int32 `[1, groups, 1]` or a scalar; groups of tokens past the end are left out.
+            group: int32 `[1, groups, 1]`, of the token; those past `places` are left out.
         """
-        codes, scales = quantize_groups(values)
-        scales = jnp.expand_dims(scales, 1)
-        exists = (token < self.tokens) & (group < self.num_groups)
-        row = token * self.width
-        column = jax.lax.broadcasted_iota(jnp.int32, (1, self.group_size), 1)
-        if self.layout == "unsigned":
-            sums = jnp.expand_dims(jnp.sum(codes.astype(jnp.int32), axis=-1), 1)
-            codes = jax.lax.bitcast_convert_type(codes, jnp.uint8) ^ jnp.uint8(unsigned_operands.OFFSET)
+        unsigned = self.layout == "unsigned"
+        offset = unsigned_operands.OFFSET if unsigned else 0
+        codes, scales = quantize_groups(values, offset=offset)
+        if unsigned:
+            sums = jnp.expand_dims(jnp.sum(jnp.sum(codes, axis=0), axis=-1), (0, 2)) - offset * self.group_size
             self._store_corrections(refs["codes"], sums, scales, token, group)
-        plgpu.store(refs["codes"].at[row + group * self.group_size + column], codes, mask=exists)
+        exists = (token < self.tokens) & (group < self.num_groups)
+        place = token * self.width + group * self.group_size + self.channels
+        plgpu.store(refs["codes"].at[place], codes.astype(refs["codes"].dtype), mask=exists)
         # What is left out points past the output, see `store_tile` of the matmul.
         place = jnp.where(exists, group * self.tokens + token, self.tokens * self.num_groups)
         plgpu.store(refs["scales"].at[place], scales, mask=exists)
@@ -83,13 +99,13 @@ class QuantizedOutput:
     def _store_corrections(
         self, ref: Any, sums: jax.Array, scales: jax.Array, token: jax.Array, group: jax.Array
     ) -> None:
-        """Store what the zero points are multiplied by, behind the codes; all arguments but `ref` are `[groups, 1]`."""
+        """Store what the zero points are multiplied by, behind the codes; all but `ref` are `[1, groups, 1]`."""
         exists = (token < self.tokens) & (group < self.places)
         correction = group // unsigned_operands.GROUPS_OF_CORRECTION
         within = group % unsigned_operands.GROUPS_OF_CORRECTION
         high, mid = unsigned_operands.correction_terms(sums, scales)
-        # One store of single bytes `[groups, 4]`: of each group two of hi and, 64 bytes on, two of mid.
-        byte = jax.lax.broadcasted_iota(jnp.int32, (1, 4), 1)
+        # One store of single bytes `[1, groups, 4]`: of each group two of hi and, 64 bytes on, two of mid.
+        byte = jax.lax.broadcasted_iota(jnp.int32, (1, 1, 4), 2)
         place = token * self.width + self.features + correction * self.group_size + 2 * within
         place = place + byte % 2 + byte // 2 * (2 * unsigned_operands.GROUPS_OF_CORRECTION)
         bits = (high | (mid << 16)) >> (8 * byte).astype(jnp.uint32)

@@ -16,8 +16,9 @@ from pallas_kernels.triton_common import next_power_of_2, refuses_triton
 
 MAX_FEATURES = 2**16
 """Longest row: 64 elements for each of 1024 threads."""
-_ELEMENTS_OF_A_WARP = 256
-"""Eight a thread: of 4, 8, 16 and 32 warps for rows of 4096, 16 were the fastest on an H100 for 1 to 2048 tokens."""
+
+FEW_TOKENS = 128
+"""Up to here every multiprocessor has a token: many threads for each are fastest, and then few instructions."""
 
 
 def rms_norm_quantize(
@@ -28,23 +29,28 @@ def rms_norm_quantize(
     epsilon: float,
     group_size: int,
     layout: Layout = "signed",
+    columns: int | None = None,
     interpret: bool = False,
 ) -> tuple[QuantizedActivations, jax.Array]:
-    """RMSNorm of x (+ residual) in float32, quantised; also returns the sum that was normalised, in x's dtype."""
+    """RMSNorm of x (+ residual) in float32, quantised; also returns the sum that was normalised, in x's dtype.
+
+    `columns` (of a group in a chunk, see `QuantizedOutput`) overrides the choice.
+    """
     tokens, features = x.shape
-    output = QuantizedOutput(tokens, features, group_size, layout)
+    columns = columns or (group_size if tokens <= FEW_TOKENS else min(group_size, 64))
+    output = QuantizedOutput(tokens, features, group_size, layout, columns)
     inputs = {"x": x.reshape(-1), "norm_weight": norm_weight}
     out_shape = output.shapes()
     if residual is not None:
         inputs["residual"] = residual.reshape(-1)
         out_shape["total"] = jax.ShapeDtypeStruct((tokens * features,), x.dtype)
+    # So that the threads take the groups of a chunk once: 8 values of a chunk for each, or 16 in several chunks.
+    warps = next_power_of_2(output.places) * columns // (32 * (8 if columns == group_size else 16))
     out = pl.pallas_call(
         functools.partial(_rms_norm_quantize_kernel, output=output, epsilon=epsilon),
         grid=(tokens,),
         out_shape=out_shape,
-        compiler_params=plgpu.CompilerParams(
-            num_warps=min(32, max(4, next_power_of_2(features) // _ELEMENTS_OF_A_WARP)), num_stages=1
-        ),
+        compiler_params=plgpu.CompilerParams(num_warps=min(32, max(4, warps)), num_stages=1),
         interpret=interpret,
         name="rms_norm_quantize",
     )(inputs)
@@ -56,8 +62,8 @@ def _rms_norm_quantize_kernel(
 ) -> None:
     token = pl.program_id(0)
     output.clear_counters(out_refs, token == 0)
-    group = jax.lax.broadcasted_iota(jnp.int32, (next_power_of_2(output.places), 1), 0)
-    column = group * output.group_size + jax.lax.broadcasted_iota(jnp.int32, (1, output.group_size), 1)
+    group = jax.lax.broadcasted_iota(jnp.int32, (1, next_power_of_2(output.places), 1), 1)
+    column = group * output.group_size + output.channels
     valid = group < output.num_groups
     place = token * output.features + column
     total = plgpu.load(in_refs["x"].at[place], mask=valid, other=0).astype(jnp.float32)

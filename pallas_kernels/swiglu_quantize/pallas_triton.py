@@ -10,26 +10,31 @@ import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.activations import Layout, QuantizedActivations
-from pallas_kernels.quantize_activations.pallas_triton import quantize_loaded
-from pallas_kernels.quantize_activations.triton_output import QuantizedOutput
+from pallas_kernels.quantize_activations.pallas_triton import Config, quantize_loaded
 from pallas_kernels.triton_common import refuses_triton
+from pallas_kernels.triton_primitives import silu
 
 
 def swiglu_quantize(
-    gate_up: jax.Array, *, group_size: int, layout: Layout = "signed", interpret: bool = False
+    gate_up: jax.Array,
+    *,
+    group_size: int,
+    layout: Layout = "signed",
+    config: Config | None = None,
+    interpret: bool = False,
 ) -> QuantizedActivations:
-    """silu(gate) * up in float32, quantised; gate is the first half of the features."""
+    """silu(gate) * up in float32, quantised; gate is the first half of the features. `config` overrides the choice."""
     tokens, features = gate_up.shape[0], gate_up.shape[1] // 2
     load_groups = functools.partial(_load_groups, features=features)
-    output = QuantizedOutput(tokens, features, group_size, layout)
-    return quantize_loaded(load_groups, gate_up, output, "swiglu_quantize", interpret=interpret)
+    sizes = (tokens, features, group_size, layout)
+    return quantize_loaded(load_groups, gate_up, sizes, "swiglu_quantize", config, interpret=interpret)
 
 
 def _load_groups(ref: Any, token: jax.Array, offset: jax.Array, valid: jax.Array, *, features: int) -> jax.Array:
     start = token * (2 * features) + offset
     gate = plgpu.load(ref.at[start], mask=valid, other=0).astype(jnp.float32)
     up = plgpu.load(ref.at[start + features], mask=valid, other=0).astype(jnp.float32)
-    return gate / (1.0 + jnp.exp(-gate)) * up
+    return silu(gate) * up
 
 
 def refuses(gate_up: jax.Array, *, group_size: int, layout: Layout = "signed", interpret: bool = False) -> str | None:
