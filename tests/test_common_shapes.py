@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from mixllm_jax.loading import _next_part
-from mixllm_jax.models.common_shapes import common_number, with_common_shape
+from mixllm_jax.models.common_shapes import common_number, shape_on_gpu, with_common_shape
 from pallas_kernels import mixed_matmul, packing, quantize_activations
 
 
-def random_weight(n8: int) -> packing.PackedWeight:
+def random_weight(n8: int, size: int = 32) -> packing.PackedWeight:
     generator = np.random.default_rng(n8)
-    n4, groups, size = 200 - n8, 3, 32
+    n4, groups = 200 - n8, 3
     return packing.pack(
         generator.integers(0, 16, (n4, groups * size)),
         generator.uniform(0.01, 1, (n4, groups)).astype(np.float16),
@@ -45,6 +45,18 @@ def test_loading_for_a_gpu_rounds_packed_weights_and_nothing_else(monkeypatch):
     loaded = _next_part(iter([("a", part)]), "a")
     assert loaded["packed"].n8 == 96
     assert loaded["norm"] is part["norm"]
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_the_shapes_on_a_gpu_are_known_without_the_weight(size):
+    weight = random_weight(65, size)
+    loaded = with_common_shape(weight)
+    loaded = packing.with_code_sums(loaded) if size == 128 else loaded  # what `prepare_weight` does on a Hopper GPU
+
+    def shapes(packed: packing.PackedWeight) -> list[tuple[tuple[int, ...], np.dtype]]:
+        return [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(packed)]
+
+    assert shapes(shape_on_gpu(weight)) == shapes(loaded)
 
 
 def test_few_numbers_are_left():

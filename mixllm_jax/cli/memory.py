@@ -11,14 +11,16 @@ if TYPE_CHECKING:
 
 
 def abstract_model(reader: CheckpointReader, dtype: str, tables: TableBits) -> Decoder:
-    """The model with shapes and dtypes in place of arrays; reads no weights."""
+    """The model with shapes and dtypes in place of arrays, as it would be on a GPU; reads no weights."""
     import jax
     import ml_dtypes  # noqa: F401  (registers the name "bfloat16" with NumPy)
     import numpy as np
 
     from mixllm_jax.checkpoint.layout import unflatten
+    from mixllm_jax.models.common_shapes import shape_on_gpu
     from mixllm_jax.models.decoder import Decoder
     from mixllm_jax.models.parameters import Execution
+    from pallas_kernels.packing import PackedWeight
 
     parts: dict[str, Any] = {}
     for name in reader.config.part_names():
@@ -27,7 +29,10 @@ def abstract_model(reader: CheckpointReader, dtype: str, tables: TableBits) -> D
             path: jax.ShapeDtypeStruct(tuple(array["shape"]), np.dtype(array["dtype"]))
             for path, array in entry["arrays"].items()
         }
-        parts[name] = unflatten(arrays, entry["packed"])
+        part = unflatten(arrays, entry["packed"])
+        parts[name] = {
+            path: shape_on_gpu(value) if isinstance(value, PackedWeight) else value for path, value in part.items()
+        }
     execution = Execution(dtype=np.dtype(dtype), lm_head_bits=tables.lm_head, embedding_bits=tables.embedding)
     return jax.eval_shape(lambda values: Decoder.from_parameters(reader.config, values, execution), parts)
 
@@ -42,7 +47,7 @@ def memory_facts(
     lm_head_bits: int | None,
     embedding_bits: int | None,
 ) -> dict[str, Any]:
-    """The estimate in bytes, with what it is for.
+    """The estimate in bytes, with what it is for: a GPU, one of the Hopper generation, whatever there is here.
 
     Raises:
         OptionError: The context is longer than the model's, or bits that are not possible.
@@ -50,6 +55,7 @@ def memory_facts(
     from mixllm_jax.errors import OptionError
     from mixllm_jax.generation.engine import Engine
     from mixllm_jax.loading import table_bits
+    from mixllm_jax.models.attention import flash_attention_takes
 
     longest = reader.config.max_position_embeddings
     context = min(4096, longest) if context is None else context
@@ -58,7 +64,9 @@ def memory_facts(
     if batch < 1:
         raise OptionError(f"--batch must be at least 1, found {batch}")
     tables = table_bits(reader, lm_head_bits, embedding_bits)
-    engine = Engine(abstract_model(reader, dtype, tables), kv_bits=kv_bits)
+    model = abstract_model(reader, dtype, tables)
+    flash_attention = flash_attention_takes(model.embedding.dtype, reader.config.head_dim)
+    engine = Engine(model, kv_bits=kv_bits, flash_attention=flash_attention)
     positions = engine.cache_length(context)
     estimate = engine.estimate_memory(batch, positions)
     return {

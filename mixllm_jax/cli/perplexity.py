@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     text = read_text(arguments.text, "--text")
 
     from mixllm_jax.checkpoint import CheckpointReader
+    from mixllm_jax.evaluation.accuracy import environment
     from mixllm_jax.evaluation.perplexity import cut_sequences, evaluate, format_table
 
     for folder in arguments.folders:
@@ -62,7 +65,9 @@ def run(arguments: argparse.Namespace) -> None:
             "dtype": arguments.dtype,
             "kv_bits": arguments.kv_bits,
         }
-        arguments.json.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+        command = shlex.join(["mixllm", *sys.argv[1:]])
+        content = {"command": command, **environment(), "settings": settings, "rows": rows}
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _measured(loaded: LoadedModel, kv_bits: int) -> Decoder | ThroughInt8Cache:

@@ -166,8 +166,13 @@ class Engine:
         cache_dtype: dtype of the key/value cache: the model's compute dtype, or int8.
     """
 
-    def __init__(self, model: Decoder, *, kv_bits: int = 16) -> None:
-        """Prepares to generate with `model`; `kv_bits` 8 stores keys and values as int8, one scale a token and head.
+    def __init__(self, model: Decoder, *, kv_bits: int = 16, flash_attention: bool | None = None) -> None:
+        """Prepares to generate with `model`.
+
+        Args:
+            model: the decoder; one of shapes alone is enough to estimate memory.
+            kv_bits: 8 stores keys and values as int8, one scale a token and head.
+            flash_attention: what to assume of the device for an estimate of memory; None for what it has.
 
         Raises:
             OptionError: `kv_bits` is neither 8 nor 16.
@@ -182,7 +187,9 @@ class Engine:
         self.cache_dtype = jnp.dtype(jnp.int8) if kv_bits == 8 else compute_dtype
         self._compute_dtype = compute_dtype
         self._weight_bytes = weight_bytes(model)
-        self._flash_attention = has_flash_attention(compute_dtype, model.config.head_dim)
+        if flash_attention is None:
+            flash_attention = has_flash_attention(compute_dtype, model.config.head_dim)
+        self._flash_attention = flash_attention
 
     def stream(
         self,

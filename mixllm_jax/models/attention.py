@@ -100,13 +100,12 @@ def attend(
 def has_flash_attention(dtype: DTypeLike, head_dim: int) -> bool:
     """Whether prefill runs in cuDNN's flash attention here: its memory does not grow with the length squared."""
     capability = compute_capability() if default_platform() == "gpu" else None
-    return (
-        capability is not None
-        and capability >= (8, 0)
-        and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
-        and head_dim % 8 == 0
-        and head_dim <= 128
-    )
+    return capability is not None and capability >= (8, 0) and flash_attention_takes(dtype, head_dim)
+
+
+def flash_attention_takes(dtype: DTypeLike, head_dim: int) -> bool:
+    """Whether cuDNN's flash attention takes these heads, on a GPU that has it."""
+    return jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
 
 
 class Attention(nnx.Module):

@@ -9,9 +9,12 @@ same products to the bit.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+import jax
 import numpy as np
 
+from pallas_kernels.mixed_matmul import unsigned_operands
 from pallas_kernels.packing import PackedWeight, unpack_nibbles
 
 SMALLEST = 64
@@ -26,6 +29,28 @@ def common_number(n8: int, out_features: int) -> int:
     while size < n8:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return min(size, out_features)
+
+
+def shape_on_gpu(weight: PackedWeight) -> PackedWeight:
+    """The shapes that a weight has once it is loaded for a GPU, with the sums of codes that a Hopper GPU wants."""
+    n8 = common_number(weight.n8, weight.out_features)
+    groups, n4, size = weight.num_groups, weight.out_features - n8, weight.group_size
+
+    def array(like: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, like.dtype)
+
+    summed = size == unsigned_operands.GROUP_SIZE
+    return PackedWeight(
+        codes4=array(weight.codes4, groups, n4, size // 2),
+        scales4=array(weight.scales4, groups, n4),
+        zero_points4=array(weight.zero_points4, groups, n4),
+        codes8=array(weight.codes8, groups, n8, size),
+        scales8=array(weight.scales8, groups, n8),
+        channel_order=weight.channel_order,
+        group_size=size,
+        code_sums4=jax.ShapeDtypeStruct((groups, n4), np.uint16) if summed else None,
+        code_sums8=jax.ShapeDtypeStruct((groups, n8), np.uint16) if summed else None,
+    )
 
 
 def with_common_shape(weight: PackedWeight) -> PackedWeight:
