@@ -27,7 +27,7 @@ from pallas_kernels.packing import dequantize
 pytestmark = pytest.mark.gpu
 
 CONFIG = dataclasses.replace(
-    PRESETS["smollm2-135m"], num_layers=3, vocab_size=512, hidden_size=256, intermediate_size=384, num_heads=4,
+    PRESETS["smollm2-135m"], num_layers=5, vocab_size=512, hidden_size=256, intermediate_size=384, num_heads=4,
     num_kv_heads=2,
 )  # fmt: skip
 
