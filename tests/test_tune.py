@@ -5,9 +5,13 @@ import contextlib
 import jax
 import jax.numpy as jnp
 import pytest
+from kernel_cases import make_case
 
 from pallas_kernels import tune
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MosaicGpuConfig
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_config import MosaicGpuSplitConfig
 from pallas_kernels.mixed_matmul.triton_few_tokens import FewTokensConfig
+from pallas_kernels.packing import with_code_sums
 
 CANDIDATES = [FewTokensConfig(rows, 8, 4, 1, 1, "none") for rows in (16, 32, 48, 64)]
 TIMES = {16: 9.0, 32: 7.0, 64: 8.0}
@@ -32,6 +36,24 @@ def test_the_fastest_candidate_is_kept(monkeypatch: pytest.MonkeyPatch):
     assert (entry.case, entry.config, entry.microseconds) == ((3, 64, 256, 64, 0.25), CANDIDATES[1], 7.0)
     assert all(text in report for text in ("no such tile", "7.00", "8.00"))
     assert "9.00" not in report
+
+
+def test_each_candidate_gets_the_layout_that_it_wants(monkeypatch: pytest.MonkeyPatch):
+    """A pass from one layout to the other would count as time of the kernel."""
+    todo = [MosaicGpuConfig(), MosaicGpuConfig(parts=1, unsigned=True), MosaicGpuSplitConfig(16, 1, 1, 8, 4)]
+    seen = []
+
+    def matmul(activations, weight, bias, *, out_dtype, config):
+        seen.append((config, activations.layout))
+        return jnp.zeros(1)
+
+    weight = jax.tree.map(jnp.asarray, with_code_sums(make_case(1, 8, 256, 128, 0.5).weight))
+    monkeypatch.setattr(tune, "_weights", lambda *sizes: (weight, [weight]))
+    monkeypatch.setattr(tune, "MATMULS", {"mosaic_gpu": matmul})
+    monkeypatch.setattr(tune, "candidates", lambda implementation, tokens: iter(todo))
+    monkeypatch.setattr(tune, "kernel_times", lambda function, argument_sets, repeats: {"matmul": 1.0})
+    tune.tune(tune.Case("mosaic_gpu", 3, 8, 256, 128, 0.5), 1, contextlib.nullcontext())
+    assert seen == list(zip(todo, ("signed", "unsigned", "signed"), strict=True))
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]):
