@@ -216,4 +216,5 @@ def test_a_profile_counts_time_once_and_finds_the_gaps():
         "rest": 0.1,
         "gaps": 0.3,
     }
+    assert found["longest_gaps_us"] == [["loop_add_fusion", 0.2], ["rms_norm_quantize", 0.1]]
     assert found["graph_launches_per_step"] == 3

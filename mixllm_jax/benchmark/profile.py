@@ -34,8 +34,9 @@ def profile(run: Callable[[], Any], steps: int) -> dict[str, Any]:
     """Profiles `run`, which is to execute `steps` decode steps.
 
     Returns:
-        Shares of the time by kind of kernel, with `gaps` where the device was idle; kernels and CUDA graph launches per
-        step; and the kernels that took the most time, microseconds per step.
+        Shares of the time by kind of kernel, with `gaps` where the device was idle; the longest of these, by the kernel
+        behind them; kernels and CUDA graph launches per step; and the kernels that took the most time, microseconds per
+        step.
     """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -66,7 +67,9 @@ def summarize(kernels: Iterable[Kernel], graph_launches: int, steps: int) -> dic
     busy, end = 0.0, ordered[0].start
     by_kind: dict[str, float] = collections.defaultdict(float)
     by_name: dict[str, float] = collections.defaultdict(float)
+    gaps: list[tuple[str, float]] = []
     for kernel in ordered:
+        gaps.append((kernel.name, kernel.start - end))
         own = max(0.0, kernel.start + kernel.duration - max(end, kernel.start))  # without what overlaps another
         busy += own
         end = max(end, kernel.start + kernel.duration)
@@ -75,16 +78,19 @@ def summarize(kernels: Iterable[Kernel], graph_launches: int, steps: int) -> dic
     span = end - ordered[0].start
     return {
         "step_us": round(span / steps / 1e3, 1),
-        "shares": {kind: round(time / span, 4) for kind, time in _largest_first(by_kind)}
+        "shares": {kind: round(time / span, 4) for kind, time in _largest_first(by_kind.items())}
         | {"gaps": round(1 - busy / span, 4)},
+        "longest_gaps_us": [[name, round(gap / 1e3, 1)] for name, gap in _largest_first(gaps)[:4] if gap > 0],
         "kernels_per_step": round(len(ordered) / steps, 1),
         "graph_launches_per_step": round(graph_launches / steps, 2),
-        "kernels_us_per_step": {name: round(time / steps / 1e3, 1) for name, time in _largest_first(by_name)[:16]},
+        "kernels_us_per_step": {
+            name: round(time / steps / 1e3, 1) for name, time in _largest_first(by_name.items())[:16]
+        },
     }
 
 
-def _largest_first(times: dict[str, float]) -> list[tuple[str, float]]:
-    return sorted(times.items(), key=lambda item: -item[1])
+def _largest_first(times: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
+    return sorted(times, key=lambda item: -item[1])
 
 
 def _kind(name: str) -> str:

@@ -172,7 +172,9 @@ class Bench:
         """The token after a random prompt, on the host."""
         tokens = np.random.default_rng(1).integers(0, self.engine.model.config.vocab_size, prompt).tolist()
         _, logits = self.engine.prefill(cache, [tokens], held=0)
-        return np.asarray(first_token(self.sampler, self.stop, self.row_keys(1), logits)[0])
+        token, *_ = first_token(self.sampler, self.stop, self.row_keys(1), logits)
+        token.copy_to_host_async()
+        return np.asarray(token)
 
     def profile_decode(self, batch: int, context: int) -> dict[str, Any]:
         """Where the time of a step goes."""
