@@ -1,5 +1,7 @@
 """Activations as a sum of two int8 terms, in every implementation, against float64 NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,6 @@ from kernel_cases import make_case, relative_error
 
 from mixllm_jax.models.linear import Linear
 from pallas_kernels import quantize_activations, quantized_linear, registry
-from pallas_kernels.mixed_matmul import terms
 from pallas_kernels.packing import dequantize
 
 gpu = pytest.mark.gpu
@@ -30,17 +31,28 @@ def activations(tokens: int, features: int) -> np.ndarray:
     return x.astype(np.float32)
 
 
-@pytest.mark.parametrize("implementation", QUANTIZERS)
+@pytest.mark.parametrize("implementation", [*QUANTIZERS, INTERPRETED])
 @pytest.mark.parametrize("magnitude", [1.0, 1e-20, 1e30])
 def test_two_terms_hold_some_16_bits(implementation: str, magnitude: float):
     x = activations(5, 256) * np.float32(magnitude)
     x[2] = 0
-    found = terms.quantize(jnp.asarray(x), 64, 2, implementation=implementation)
+    found = quantize_activations(jnp.asarray(x), 64, terms=2, implementation=implementation)
     assert found.codes.shape == (10, 256)
     scales = np.repeat(np.asarray(found.scales, np.float64).T, 64, axis=1)
     values = (np.asarray(found.codes, np.float64) * scales).reshape(2, 5, 256).sum(axis=0)
     largest = np.repeat(np.abs(x.reshape(5, 4, 64)).max(axis=2).astype(np.float64), 64, axis=1)
     assert np.all(np.abs(values - x) <= largest / 64516 * 1.02)  # 1.02: the remainder is rounded to float32
+
+
+@pytest.mark.parametrize("implementation", [*QUANTIZERS, INTERPRETED])
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_two_terms_in_the_unsigned_layout_are_those_in_the_signed_one(implementation: str, tokens: int):
+    x = jnp.asarray(activations(tokens, 33 * 128))
+    quantize = functools.partial(quantize_activations, x, 128, terms=2, implementation=implementation)
+    expected, found = quantize().in_layout("unsigned"), quantize(layout="unsigned")
+    assert (found.layout, found.tokens) == ("unsigned", 2 * tokens)
+    np.testing.assert_array_equal(found.codes, expected.codes)
+    np.testing.assert_array_equal(found.scales, expected.scales)
 
 
 @pytest.mark.parametrize("implementation", LINEARS)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels import activations as activations_module
 from pallas_kernels import packing, registry
 from pallas_kernels.activations import Layout, QuantizedActivations
-from pallas_kernels.mixed_matmul import configs, pallas_mosaic_gpu, pallas_triton, terms, unsigned_operands, xla
+from pallas_kernels.mixed_matmul import configs, pallas_mosaic_gpu, pallas_triton, unsigned_operands, xla
 from pallas_kernels.mixed_matmul.triton_tiles import problem_of
 from pallas_kernels.packing import PackedWeight
 from pallas_kernels.quantize_activations.api import quantize_activations
@@ -91,15 +91,18 @@ def quantized_linear(
     """`mixed_matmul(quantize_activations(x), weight, bias)` for float x `[tokens, in_features]`.
 
     For layers whose input no other kernel has quantised already; the errors are those of the two operations. With
-    `activation_terms` x is quantised as a sum of that many int8 terms (`mixed_matmul.terms`), with two to some 16 bits.
+    `activation_terms` x is quantised as a sum of that many int8 terms, two of which hold some 16 bits: see
+    `quantize_activations`.
     """
-    if activation_terms > 1:
-        activations = terms.quantize(x, weight.group_size, activation_terms, implementation=implementation)
-        products = mixed_matmul(activations, weight, out_dtype=jnp.float32, implementation=implementation)
-        return terms.add(products, activation_terms, bias).astype(out_dtype)
-    layout = activation_layout(x.shape[0], weight, implementation)
-    activations = quantize_activations(x, weight.group_size, layout=layout, implementation=implementation)
-    return mixed_matmul(activations, weight, bias, out_dtype=out_dtype, implementation=implementation)
+    layout = activation_layout(activation_terms * x.shape[0], weight, implementation)
+    activations = quantize_activations(
+        x, weight.group_size, terms=activation_terms, layout=layout, implementation=implementation
+    )
+    if activation_terms == 1:
+        return mixed_matmul(activations, weight, bias, out_dtype=out_dtype, implementation=implementation)
+    products = mixed_matmul(activations, weight, out_dtype=jnp.float32, implementation=implementation)
+    total = products.reshape(activation_terms, *x.shape[:1], -1).sum(axis=0)
+    return (total if bias is None else total + bias.astype(jnp.float32)).astype(out_dtype)
 
 
 def prepare_weight(weight: PackedWeight, implementation: str = "auto") -> PackedWeight:

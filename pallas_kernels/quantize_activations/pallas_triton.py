@@ -50,6 +50,7 @@ def quantize_activations(
     x: jax.Array,
     *,
     group_size: int,
+    terms: int = 1,
     layout: Layout = "signed",
     config: Config | None = None,
     interpret: bool = False,
@@ -58,7 +59,7 @@ def quantize_activations(
     tokens, features = x.shape
     load_groups = functools.partial(_load_groups, features=features)
     sizes = (tokens, features, group_size, layout)
-    return quantize_loaded(load_groups, x, sizes, "quantize_activations", config, interpret=interpret)
+    return quantize_loaded(load_groups, x, sizes, "quantize_activations", config, terms=terms, interpret=interpret)
 
 
 def quantize_loaded(
@@ -68,6 +69,7 @@ def quantize_loaded(
     name: str,
     config: Config | None,
     *,
+    terms: int = 1,
     interpret: bool,
 ) -> QuantizedActivations:
     """Quantise what `load_groups` makes of `x`; `sizes` are tokens, features, the group size and the layout.
@@ -76,9 +78,9 @@ def quantize_loaded(
     """
     tokens, features, group_size, layout = sizes
     config = config or default_config(tokens * features // group_size, group_size)
-    output = QuantizedOutput(tokens, features, group_size, layout, config.columns)
+    output = QuantizedOutput(terms * tokens, features, group_size, layout, config.columns)
     out = pl.pallas_call(
-        functools.partial(_quantize_kernel, load_groups=load_groups, output=output, groups=config.groups),
+        functools.partial(_quantize_kernel, load_groups=load_groups, output=output, terms=terms, groups=config.groups),
         grid=(pl.cdiv(tokens * output.places, config.groups),),
         out_shape=output.shapes(),
         compiler_params=plgpu.CompilerParams(num_warps=config.num_warps, num_stages=1),
@@ -89,20 +91,24 @@ def quantize_loaded(
 
 
 def _quantize_kernel(
-    x_ref: Any, out_refs: dict[str, Any], *, load_groups: LoadGroups, output: QuantizedOutput, groups: int
+    x_ref: Any, out_refs: dict[str, Any], *, load_groups: LoadGroups, output: QuantizedOutput, terms: int, groups: int
 ) -> None:
+    tokens = output.tokens // terms
     output.clear_counters(out_refs, pl.program_id(0) == 0)
     index = pl.program_id(0) * groups + jax.lax.broadcasted_iota(jnp.int32, (1, groups, 1), 1)
     token, group = index // output.places, index % output.places
-    exists = (token < output.tokens) & (group < output.num_groups)
+    exists = (token < tokens) & (group < output.num_groups)
     values = load_groups(x_ref, token, group * output.group_size + output.channels, exists)
-    output.store(out_refs, values, token, group)
+    for term in range(terms):  # each quantises what the one before has left
+        values = output.store(out_refs, values, jnp.where(token < tokens, term * tokens + token, output.tokens), group)
 
 
 def _load_groups(x_ref: Any, token: jax.Array, offset: jax.Array, valid: jax.Array, *, features: int) -> jax.Array:
     return plgpu.load(x_ref.at[token * features + offset], mask=valid, other=0).astype(jnp.float32)
 
 
-def refuses(x: jax.Array, *, group_size: int, layout: Layout = "signed", interpret: bool = False) -> str | None:
+def refuses(
+    x: jax.Array, *, group_size: int, terms: int = 1, layout: Layout = "signed", interpret: bool = False
+) -> str | None:
     """Why the kernel cannot run, or None."""
-    return refuses_triton(group_size, x.size, interpret=interpret)
+    return refuses_triton(group_size, terms * x.size, interpret=interpret)

@@ -74,8 +74,8 @@ class QuantizedOutput:
         """Write the counters, where there are some."""
         clear_counters([refs["counters"]] if "counters" in refs else [], is_first_program)
 
-    def store(self, refs: Mapping[str, Any], values: jax.Array, token: jax.Array, group: jax.Array) -> None:
-        """Quantise groups and store them.
+    def store(self, refs: Mapping[str, Any], values: jax.Array, token: jax.Array, group: jax.Array) -> jax.Array:
+        """Quantise groups, store them, and return what quantising left of them.
 
         Args:
             refs: The outputs.
@@ -95,6 +95,7 @@ class QuantizedOutput:
         # What is left out points past the output, see `store_tile` of the matmul.
         place = jnp.where(exists, group * self.tokens + token, self.tokens * self.num_groups)
         plgpu.store(refs["scales"].at[place], scales, mask=exists)
+        return values - (codes - offset).astype(jnp.float32) * scales
 
     def _store_corrections(
         self, ref: Any, sums: jax.Array, scales: jax.Array, token: jax.Array, group: jax.Array

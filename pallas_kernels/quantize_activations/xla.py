@@ -8,13 +8,26 @@ import jax.numpy as jnp
 from pallas_kernels.activations import SMALLEST_SCALE, Layout, QuantizedActivations
 
 
-def quantize_activations(x: jax.Array, *, group_size: int, layout: Layout = "signed") -> QuantizedActivations:
+def quantize_activations(
+    x: jax.Array, *, group_size: int, terms: int = 1, layout: Layout = "signed"
+) -> QuantizedActivations:
     """Symmetric int8 quantisation of float `[tokens, features]`, one scale for each token and group."""
+    remainder = x.astype(jnp.float32)
+    codes, scales = [], []
+    for _ in range(terms):
+        term = _quantize(remainder, group_size)
+        codes.append(term.codes)
+        scales.append(term.scales)
+        remainder = remainder - term.codes.astype(jnp.float32) * jnp.repeat(term.scales.T, group_size, axis=1)
+    return QuantizedActivations(jnp.concatenate(codes), jnp.concatenate(scales, axis=1), group_size).in_layout(layout)
+
+
+def _quantize(x: jax.Array, group_size: int) -> QuantizedActivations:
     tokens, features = x.shape
-    groups = x.astype(jnp.float32).reshape(tokens, features // group_size, group_size)
+    groups = x.reshape(tokens, features // group_size, group_size)
     scales = jnp.max(jnp.abs(groups), axis=-1) / 127.0
     scales = jnp.where(scales < SMALLEST_SCALE, 0.0, scales)
     # Where the scale is 0, so is the group to within rounding: any divisor gives codes of 0.
     divisors = jnp.where(scales > 0, scales, 1.0)[..., None]
     codes = jnp.clip(jnp.round(groups / divisors), -127, 127).astype(jnp.int8)
-    return QuantizedActivations(codes.reshape(tokens, features), scales.T, group_size).in_layout(layout)
+    return QuantizedActivations(codes.reshape(tokens, features), scales.T, group_size)
