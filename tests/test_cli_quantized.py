@@ -76,8 +76,13 @@ def test_plot_without_matplotlib_names_the_extra(folders, tmp_path, capsys, monk
 
 
 def test_one_call_loads_float_and_quantised_models(folders):
-    kinds = {name: mixllm_jax.load(folders / name).metadata["kind"] for name in ("float", "w5")}
-    assert kinds == {"float": "float", "w5": "quantized"}
+    loaded = {name: mixllm_jax.load(folders / name) for name in ("float", "w5")}
+    assert {name: model.metadata["kind"] for name, model in loaded.items()} == {"float": "float", "w5": "quantized"}
+    assert {name: model.table_bits for name, model in loaded.items()} == {"float": (16, 16), "w5": (8, 8)}
+    whole = mixllm_jax.load(folders / "w5", lm_head_bits=16)
+    assert whole.table_bits == (16, 16)  # the embedding of this model is its output head
+    assert isinstance(loaded["w5"].model.embedding.weight.get_value(), PackedWeight)
+    assert whole.model.embedding.weight.get_value().shape == (257, 64)
 
 
 def test_generation_from_packed_weights(folders, capsys):
@@ -95,7 +100,10 @@ def test_more_bits_are_closer_to_the_float_model(folders, tmp_path, capsys):
     names = [str(folders / name) for name in ("float", *BITS)]
     command = ["perplexity", *names, "--text", str(tmp_path / "text.txt"), "--sequence-length", "96"]
     assert cli.main([*command, "--json", str(tmp_path / "out.json")]) == 0
-    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    stored = json.loads((tmp_path / "out.json").read_text())
+    assert stored["command"].startswith("mixllm ")
+    rows = stored["rows"]
+    assert [(row["lm_head_bits"], row["embedding_bits"]) for row in rows] == [(16, 16), (8, 8), (8, 8), (8, 8)]
     kl = [row["kl"] for row in rows[1:]]
     assert kl[0] > kl[1] > kl[2] > 0
     bits = [row["bits_per_weight"] for row in rows]

@@ -3,7 +3,7 @@
 At batch 1 the head is a fifth of all bytes that a decode step reads; the embedding costs no time, but as much memory.
 
 Rounding the weights costs nothing that could be measured. Rounding the head's input to int8 costs 0.15 % of perplexity
-(SmolLM2-135M), so the head takes it as the sum of two int8 terms, of some 15 bits together: with few tokens a product
+(SmolLM2-135M), so the head takes it as the sum of two int8 terms, of some 16 bits together: with few tokens a product
 takes the time in which its weights are read, and twice as many tokens cost nothing.
 """
 
