@@ -153,6 +153,7 @@ def test_the_memory_estimate_is_exact_for_weights_and_cache():
 def test_sums_of_codes_count_as_memory_but_not_as_bytes_of_a_decode_step(monkeypatch):
     weights = WeightFormat.from_name("W4.4A8", tied=True, embedding_bits=16)
     plain = random_decoder(CONFIG, weights)
+    shared = random_decoder(CONFIG, WeightFormat.from_name("W4.4A8"))  # one table for embedding and head
     monkeypatch.setattr("mixllm_jax.models.linear.prepare_weight", lambda weight, _: packing.with_code_sums(weight))
     summed = random_decoder(CONFIG, weights)
     linears = [linear for block in summed.layers for linear in block.linears().values()] + [summed.final.lm_head]
@@ -161,6 +162,7 @@ def test_sums_of_codes_count_as_memory_but_not_as_bytes_of_a_decode_step(monkeyp
     assert weight_bytes(summed) == weight_bytes(plain) + sums
     assert bytes_per_step(summed, 2, 10, jnp.bfloat16) == bytes_per_step(plain, 2, 10, jnp.bfloat16)
     assert bytes_per_step(plain, 1, 0, jnp.bfloat16) == weight_bytes((plain.layers, plain.final))
+    assert bytes_per_step(shared, 1, 0, jnp.bfloat16) == weight_bytes(shared)
 
 
 def test_a_batch_that_does_not_fit_is_refused_with_what_would(monkeypatch):
