@@ -2,11 +2,9 @@
 
 Before its first kernel starts, a program needs the host for some microseconds an argument and a kernel: 4 ms for all
 layers of an 8B model at 4.4 bits, in which the device idles. Cut up, it starts after those of the first few layers, and
-the host prepares the next ones while it works. Layers of one shape also share one program, which is compiled in a
-fraction of the time.
-
-The kernels are launched one by one: every prompt brings a cache of its own, at other addresses, which XLA would first
-write into its CUDA graph, for milliseconds in which the device idles.
+the host prepares the next ones while it works. That hides as well what it costs to write new addresses into XLA's CUDA
+graphs, which every prompt needs, since its cache lies elsewhere, and every segment of layers. Layers of one shape also
+share one program, which is compiled in a fraction of the time.
 """
 
 from __future__ import annotations
@@ -33,10 +31,9 @@ LAYERS_OF_A_PROGRAM = 4
 
 LayerCaches = tuple[LayerCache, ...]
 Hidden = Float[Array, "batch length hidden"]
-_WITHOUT_CUDA_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
 
 
-@functools.partial(jax.jit, static_argnames=("config",), compiler_options=_WITHOUT_CUDA_GRAPHS)
+@functools.partial(jax.jit, static_argnames=("config",))
 def begin(
     embedding: Flat[Embedding], config: ModelConfig, tokens: Int[Array, "batch length"], held: Int[Array, " batch"]
 ) -> tuple[Hidden, Hidden, RotaryEmbedding]:
@@ -45,12 +42,7 @@ def begin(
     return x, jnp.zeros_like(x), rotary_embedding(config, held[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32))
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("history",),
-    donate_argnames=("caches", "x", "update"),
-    compiler_options=_WITHOUT_CUDA_GRAPHS,
-)
+@functools.partial(jax.jit, static_argnames=("history",), donate_argnames=("caches", "x", "update"))
 def run_layers(
     blocks: Flat[tuple[Block, ...]],
     caches: LayerCaches,
@@ -68,12 +60,7 @@ def run_layers(
     return tuple(new_caches), x, update
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("history",),
-    donate_argnames=("caches", "held"),
-    compiler_options=_WITHOUT_CUDA_GRAPHS,
-)
+@functools.partial(jax.jit, static_argnames=("history",), donate_argnames=("caches", "held"))
 def finish(
     rest: Flat[tuple[tuple[Block, ...], Embedding, Head]],
     caches: LayerCaches,
