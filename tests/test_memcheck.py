@@ -23,7 +23,8 @@ def test_every_kernel_is_among_the_calls():
     """Each call is traced with its kernel: a shape that a kernel cannot take is an error here."""
     jobs = [
         *memcheck.quantizing_jobs(),
-        *memcheck.matmul_jobs(hopper=HAS_HOPPER_KERNELS),
+        *memcheck.triton_matmul_jobs(),
+        *(memcheck.hopper_matmul_jobs() if HAS_HOPPER_KERNELS else ()),
         *memcheck.attention_jobs(),
     ]
     traced = {
@@ -45,8 +46,7 @@ def test_attention_runs_in_one_program_and_in_several():
 def test_hopper_calls_lower_without_a_gpu(monkeypatch: pytest.MonkeyPatch):
     """On the size with most groups: more than one block of zero points, and both bit widths."""
     monkeypatch.setattr(memcheck, "SIZES", memcheck.SIZES[-1:])
-    monkeypatch.setattr(memcheck, "TRITON_CONFIGS", ())
-    for function, arguments in memcheck.matmul_jobs(hopper=True):
+    for function, arguments in memcheck.hopper_matmul_jobs():
         lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
         assert "mosaic_gpu" in lowered.as_text()
 
