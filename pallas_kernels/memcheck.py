@@ -33,7 +33,7 @@ from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MosaicGpuConfig
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_config import MosaicGpuSplitConfig
 from pallas_kernels.mixed_matmul.triton_few_tokens import FewTokensConfig
 from pallas_kernels.mixed_matmul.triton_many_tokens import ManyTokensConfig
-from pallas_kernels.packing import PackedWeight, with_code_sums
+from pallas_kernels.packing import PackedWeight, with_aligned_rows, with_code_sums
 from pallas_kernels.quantize_activations import pallas_triton as quantize_triton
 from pallas_kernels.quantize_activations.api import quantize_activations
 from pallas_kernels.rms_norm_quantize import pallas_triton as rms_norm_triton
@@ -42,9 +42,9 @@ from pallas_kernels.swiglu_quantize import pallas_triton as swiglu_triton
 SIZES = (
     (1, 37, 384, 128, 0.1),
     (17, 131, 320, 64, 0.3),
-    (70, 257, 640, 128, 0.1),
+    (70, 272, 640, 128, 0.1),
     (5, 19, 96, 32, 1.0),
-    (131, 70, 4224, 128, 0.5),
+    (131, 80, 4224, 128, 0.5),
 )
 """Tokens, out_features, in_features, group size, share of 8-bit channels."""
 
@@ -121,7 +121,7 @@ def _linears() -> Iterator[tuple[jax.Array, PackedWeight, jax.Array]]:
     for tokens, n, k, group_size, share in SIZES:
         weight = packed_weight(n, k, group_size, share, tokens)
         if group_size == unsigned_operands.GROUP_SIZE:
-            weight = with_code_sums(weight)
+            weight = with_code_sums(with_aligned_rows(weight))
         yield bfloat16_array((tokens, k), tokens), weight, jnp.ones((n,), jnp.float32)
 
 

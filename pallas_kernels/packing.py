@@ -218,6 +218,55 @@ def _code_sums(codes4: Array, codes8: Array) -> tuple[Array, Array]:
     return xp.sum(pairs, axis=-1, dtype=np.uint16), sums8.astype(np.uint16)
 
 
+ALIGNED_ROWS = 16
+"""Channels for which a row of scales, zero points or sums is whole pieces of 16 bytes."""
+
+
+def has_aligned_rows(packed: PackedWeight) -> bool:
+    """Whether the channels of both widths are multiples of `ALIGNED_ROWS`, as bulk copies of several rows want."""
+    return packed.n4 % ALIGNED_ROWS == packed.n8 % ALIGNED_ROWS == 0
+
+
+def with_aligned_rows(packed: PackedWeight) -> PackedWeight:
+    """The same weight with aligned rows where its output channels allow it: up to 15 channels more have 8 bits."""
+    return packed if packed.out_features % ALIGNED_ROWS else with_8bit_channels(packed, packed.n4 % ALIGNED_ROWS)
+
+
+def with_8bit_channels(packed: PackedWeight, number: int) -> PackedWeight:
+    """The same weight with the first `number` of its 4-bit channels stored with 8 bits; without sums of codes.
+
+    A 4-bit code less its zero point is a legal 8-bit code with the same scale: products stay the same to the bit.
+
+    Raises:
+        ValueError: More channels than there are.
+    """
+    if not 0 <= number <= packed.n4:
+        raise ValueError(f"there are {packed.n4} 4-bit channels, not {number}")
+    if number == 0:
+        return packed
+    xp = _namespace(packed.codes4)
+    n4 = packed.n4
+    moved = unpack_nibbles(packed.codes4[:, :number]).astype(np.int8)
+    moved = moved - packed.zero_points4[:, :number, None].astype(np.int8)
+    order = xp.concatenate([packed.channel_order[n4:], packed.channel_order[:number]])
+    ascending = xp.argsort(order)
+
+    def merged(eight: Array, four: Array) -> Array:
+        return xp.concatenate([eight, four], axis=1)[:, ascending]
+
+    return dataclasses.replace(
+        packed,
+        codes4=packed.codes4[:, number:],
+        scales4=packed.scales4[:, number:],
+        zero_points4=packed.zero_points4[:, number:],
+        codes8=merged(packed.codes8, moved),
+        scales8=merged(packed.scales8, packed.scales4[:, :number]),
+        channel_order=xp.concatenate([packed.channel_order[number:n4], order[ascending]]),
+        code_sums4=None,
+        code_sums8=None,
+    )
+
+
 def dequantize(packed: PackedWeight) -> Array:
     """The weight in float32, `[out_features, in_features]`, rows in output-channel order."""
     xp = _namespace(packed.codes4)

@@ -11,7 +11,7 @@ from pallas_kernels.mixed_matmul import configs, pallas_mosaic_gpu, pallas_mosai
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MosaicGpuConfig
 from pallas_kernels.mixed_matmul.triton_few_tokens import FewTokensConfig
 from pallas_kernels.mixed_matmul.triton_tiles import Problem
-from pallas_kernels.packing import PackedWeight, with_code_sums
+from pallas_kernels.packing import PackedWeight, has_aligned_rows, with_aligned_rows, with_code_sums
 
 CONFIGS = [
     MosaicGpuConfig(),
@@ -27,8 +27,8 @@ CONFIGS = [
 
 
 def with_sums(weight: PackedWeight) -> PackedWeight:
-    """With the sums of the codes, where the group size is one for which they are used."""
-    return with_code_sums(weight) if weight.group_size == 128 else weight
+    """As prepared for unsigned operands, where the group size is one for which they are used."""
+    return with_code_sums(with_aligned_rows(weight)) if weight.group_size == 128 else weight
 
 
 def limit(config: MosaicGpuConfig) -> float:
@@ -97,6 +97,40 @@ def test_blocks_of_unsigned_operands_cover_the_groups_in_order(groups: int, stag
     assert slots == [group % kernel.stages for group in range(2 * groups)]
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11 or later, and says so")
+@pytest.mark.parametrize(("n", "unsigned"), [(304, True), (302, False)])
+def test_unsigned_operands_are_for_aligned_rows(n: int, unsigned: bool):
+    weight = with_sums(make_case(1, n, 256, 128, 0.3).weight)
+    assert has_aligned_rows(weight) == unsigned
+    assert pallas_mosaic_gpu.config_for(130, weight, CONFIGS[-1]).unsigned == unsigned
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11 or later, and says so")
+@pytest.mark.parametrize("channels", [384, 1152, 2816])
+@pytest.mark.parametrize("tokens", [100, 600, 1409])
+def test_every_token_of_every_channel_is_in_one_tile(channels: int, tokens: int):
+    """Whether the last wave is halved or not."""
+    from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_unsigned import UnsignedKernel
+
+    multiprocessors = 12
+    kernel = UnsignedKernel(tokens, channels // 2, channels // 2, 4, 128, 2, CONFIGS[-1])
+    visits = np.zeros((-(-tokens // 128) * 128, 2, kernel.tiles4 * 128), int)
+    longest = np.zeros(multiprocessors)
+    with jax.disable_jit(), jax.ensure_compile_time_eval():
+        for multiprocessor in range(multiprocessors):
+
+            def visit(tile, multiprocessor=multiprocessor):
+                rows = slice(int(tile.first_row), int(tile.first_row) + 128)
+                visits[int(tile.first_token) : int(tile.first_token) + tile.tokens, int(tile.is8), rows] += 1
+                longest[multiprocessor] += tile.tokens / 128
+
+            kernel.for_each_tile(jnp.int32(multiprocessor), multiprocessors, visit)
+    assert (visits == 1).all()
+    whole, rest = divmod(kernel.num_tiles, multiprocessors)
+    is_halved = whole > 0 and 0 < 2 * rest <= multiprocessors
+    assert longest.max() == whole + (0.5 if is_halved else rest > 0)
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_every_part_of_a_tile_has_a_token(config: MosaicGpuConfig):
     for tokens in range(1, 2 * config.tile_tokens):
@@ -134,7 +168,7 @@ def test_the_faster_implementation_of_the_nearest_case_comes_first(monkeypatch: 
 @pytest.mark.parametrize("config", CONFIGS[:1] + CONFIGS[-3:], ids=str)
 @pytest.mark.parametrize(
     "sizes",
-    [(130, 201, 256, 128, 0.3), (33, 70, 192, 64, 0.0), (1, 70, 96, 32, 1.0), (65, 70, 4224, 128, 0.5)],
+    [(130, 208, 256, 128, 0.3), (33, 70, 192, 64, 0.0), (1, 70, 96, 32, 1.0), (65, 80, 4224, 128, 0.5)],
     ids=str,
 )
 def test_lowers_without_a_gpu(config: MosaicGpuConfig, sizes: tuple[int, int, int, int, float]):
@@ -157,7 +191,10 @@ def test_lowers_without_a_gpu(config: MosaicGpuConfig, sizes: tuple[int, int, in
         (65, 130, 2048, 128, 0.0),
         (33, 70, 576, 64, 0.5),
         (257, 301, 4480, 128, 0.3),
-        (130, 70, 256, 128, 1.0),
+        (257, 304, 4480, 128, 0.3),
+        (65, 96, 2048, 128, 0.0),
+        (11, 80, 640, 128, 0.2),
+        (130, 80, 256, 128, 1.0),
     ],
     ids=str,
 )
@@ -174,7 +211,7 @@ def test_configurations(config: MosaicGpuConfig, sizes: tuple[int, int, int, int
 def test_tiles_of_both_kinds_follow_each_other(config: MosaicGpuConfig):
     """More tiles than multiprocessors, so that slots of the ring pass from 4-bit to 8-bit channels and back."""
     require_hopper()
-    case = make_case(1500, 3001, 512, 128, 0.3, bias=True)
+    case = make_case(1500, 3008, 512, 128, 0.3, bias=True)
     arguments = jax.tree.map(jnp.asarray, (case.activations, with_sums(case.weight), case.bias))
     run = jax.jit(lambda *arguments: pallas_mosaic_gpu.mixed_matmul(*arguments, out_dtype="float32", config=config))
     first = run(*arguments)
@@ -184,11 +221,27 @@ def test_tiles_of_both_kinds_follow_each_other(config: MosaicGpuConfig):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("tokens", [257, 300])
+def test_a_last_wave_of_few_tiles_is_halved(share: float, tokens: int):
+    """138 tiles; of the last halves of the tokens, some have none."""
+    require_hopper()
+    case = make_case(tokens, 5760 + 128 * (share == 0.1), 384, 128, share, bias=True)
+    arguments = jax.tree.map(jnp.asarray, (case.activations, with_sums(case.weight), case.bias))
+    run = jax.jit(
+        lambda *arguments: pallas_mosaic_gpu.mixed_matmul(*arguments, out_dtype="float32", config=CONFIGS[-1])
+    )
+    first = run(*arguments)
+    assert relative_error(first, case.expected) < limit(config)
+    assert (run(*arguments) == first).all()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(("activation", "code4", "zero_point", "code8"), [(127, 15, 0, 127), (-127, 0, 15, -128)])
 def test_unsigned_dots_at_their_limits(activation: int, code4: int, zero_point: int, code8: int):
     """255 x 255 x 128 is the largest integer whose bits have to be a denormal float."""
     require_hopper()
-    m, n4, n8, groups = 130, 70, 60, 3
+    m, n4, n8, groups = 130, 80, 48, 3
     case = assemble(
         activation_codes=np.full((m, 128 * groups), activation),
         activation_scales=np.full((groups, m), 0.02, np.float32),

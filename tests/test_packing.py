@@ -117,6 +117,22 @@ def test_code_sums_are_traced():
     np.testing.assert_array_equal(summed.code_sums8, packing.with_code_sums(weight).code_sums8)
 
 
+@pytest.mark.parametrize(
+    ("n", "share", "aligned"), [(96, 0.2, (64, 32)), (96, 0.0, (96, 0)), (32, 0.9, (0, 32)), (50, 0.2, (40, 10))]
+)
+def test_aligned_rows_hold_the_same_weight(n: int, share: float, aligned: tuple[int, int]):
+    weight = make_case(1, n, 256, 128, share).weight
+    for given in (weight, jax.tree.map(jnp.asarray, weight)):
+        result = packing.with_aligned_rows(given)
+        assert (result.n4, result.n8) == aligned
+        assert packing.has_aligned_rows(result) == (n % 16 == 0)
+        packing.validate(result, values=True)
+        np.testing.assert_array_equal(packing.dequantize(result), packing.dequantize(weight))
+        for order in np.split(np.asarray(result.channel_order), [result.n4]):
+            assert np.all(np.diff(order) > 0)
+        assert type(result.codes8) is type(given.codes8)
+
+
 def test_concatenate_keeps_code_sums_that_all_have():
     first, second = (make_case(1, n, 128, 64, 0.5, seed=n).weight for n in (4, 6))
     fused = packing.concatenate([packing.with_code_sums(first), packing.with_code_sums(second)])

@@ -47,12 +47,12 @@ def test_each_candidate_gets_the_layout_that_it_wants(monkeypatch: pytest.Monkey
         seen.append((config, activations.layout))
         return jnp.zeros(1)
 
-    weight = jax.tree.map(jnp.asarray, with_code_sums(make_case(1, 8, 256, 128, 0.5).weight))
+    weight = jax.tree.map(jnp.asarray, with_code_sums(make_case(1, 32, 256, 128, 0.5).weight))
     monkeypatch.setattr(tune, "_weights", lambda *sizes: (weight, [weight]))
     monkeypatch.setattr(tune, "MATMULS", {"mosaic_gpu": matmul})
     monkeypatch.setattr(tune, "candidates", lambda implementation, tokens: iter(todo))
     monkeypatch.setattr(tune, "kernel_times", lambda function, argument_sets, repeats: {"matmul": 1.0})
-    tune.tune(tune.Case("mosaic_gpu", 3, 8, 256, 128, 0.5), 1, contextlib.nullcontext())
+    tune.tune(tune.Case("mosaic_gpu", 3, 32, 256, 128, 0.5), 1, contextlib.nullcontext())
     assert seen == list(zip(todo, ("signed", "unsigned", "signed"), strict=True))
 
 

@@ -109,8 +109,9 @@ def prepare_weight(weight: PackedWeight, implementation: str = "auto") -> Packed
     """The weight with what the kernels of the default device want to have computed beforehand.
 
     To be called once where a weight is put on the device: on a Hopper GPU, a weight in groups of 128 gets the sums of
-    its codes (`packing.with_code_sums`, 3 % of its size), for the kernel that multiplies unsigned bytes. Elsewhere, and
-    where another implementation is asked for, it comes back as it is. `mixed_matmul` takes either.
+    its codes (`packing.with_code_sums`, 3 % of its size), for the kernel that multiplies unsigned bytes, and rows of
+    whole 16 bytes (`packing.with_aligned_rows`). Elsewhere, and where another implementation is asked for, it comes
+    back as it is. `mixed_matmul` takes either.
 
     Args:
         weight: Of NumPy or JAX arrays; the sums are of the same kind.
@@ -123,7 +124,7 @@ def prepare_weight(weight: PackedWeight, implementation: str = "auto") -> Packed
     reason = OPERATION.implementations["mosaic_gpu"].refuses(
         _abstract_activations(1, weight), weight, None, out_dtype=jnp.bfloat16
     )
-    return packing.with_code_sums(weight) if reason is None else weight
+    return packing.with_code_sums(packing.with_aligned_rows(weight)) if reason is None else weight
 
 
 def activation_layout(tokens: int, weight: PackedWeight, implementation: str = "auto") -> Layout:

@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_config
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MULTIPROCESSORS, MosaicGpuConfig
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import (
+    HALF_TILE,
+    MULTIPROCESSORS,
+    MosaicGpuConfig,
+    halved_tiles,
+)
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_config import MosaicGpuSplitConfig
 from pallas_kernels.mixed_matmul.triton_few_tokens import FewTokensConfig
 from pallas_kernels.mixed_matmul.triton_many_tokens import ManyTokensConfig
@@ -166,7 +171,7 @@ def _best(problem: Problem, device_kind: str, implementation: str) -> _Estimate 
 
     But for a constant, the time of an entry carries over in proportion to its waves of tiles times the groups of a tile
     or to what is read of the weight, whichever gives more: so a configuration is only taken where its tiles fill the
-    multiprocessors. A case that was tuned is its own estimate.
+    multiprocessors. A case that was tuned is its own estimate, also for a few more or fewer 8-bit channels.
     """
     entries = [entry for entry in read_table(device_kind) if entry.implementation == implementation]
     estimates = [
@@ -174,7 +179,21 @@ def _best(problem: Problem, device_kind: str, implementation: str) -> _Estimate 
         for entry in entries
         if entry.group_size == problem.group_size or not any(e.group_size == problem.group_size for e in entries)
     ]
-    return min(estimates, key=lambda estimate: (estimate.entry.problem != problem, estimate.microseconds), default=None)
+    return min(
+        estimates, key=lambda estimate: (not _is_case(problem, estimate.entry), estimate.microseconds), default=None
+    )
+
+
+SAME_SHARE = 0.05
+"""Shares of 8-bit channels that are the same case: layers round theirs to common numbers, and rows to 16 bytes."""
+
+
+def _is_case(problem: Problem, entry: Entry) -> bool:
+    """Whether the problem is what the entry was tuned for."""
+    own = entry.problem
+    sizes = (problem.tokens, problem.out_features, problem.in_features, problem.group_size)
+    same = sizes == (own.tokens, own.out_features, own.in_features, own.group_size)
+    return same and abs(problem.n8 - own.n8) <= SAME_SHARE * own.out_features
 
 
 def _estimate(problem: Problem, entry: Entry) -> float:
@@ -194,7 +213,10 @@ def waves(config: Config | MosaicConfig, problem: Problem) -> float:
         return config.waves(problem)
     if isinstance(config, MosaicGpuConfig):
         channels = math.ceil(problem.n4 / config.tile_channels) + math.ceil(problem.n8 / config.tile_channels)
-        return math.ceil(channels * math.ceil(problem.tokens / config.tile_tokens) / MULTIPROCESSORS)
+        tiles = channels * math.ceil(problem.tokens / config.tile_tokens)
+        if config.unsigned and halved_tiles(tiles, config.tile_tokens, MULTIPROCESSORS):
+            return tiles // MULTIPROCESSORS + HALF_TILE
+        return math.ceil(tiles / MULTIPROCESSORS)
     if isinstance(config, FewTokensConfig):
         tiles = math.prod((sum(config.tiles(problem)[:2]), config.tiles(problem)[2], config.splits))
         resident = max(1, WARPS_OF_FEW_TOKENS // config.warps)

@@ -13,7 +13,7 @@ from pallas_kernels.mixed_matmul import configs, unsigned_operands
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MULTIPROCESSORS, MosaicGpuConfig
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_config import MosaicGpuSplitConfig
 from pallas_kernels.mixed_matmul.triton_tiles import Problem
-from pallas_kernels.packing import GROUP_SIZES, PackedWeight
+from pallas_kernels.packing import GROUP_SIZES, PackedWeight, has_aligned_rows
 
 COMPUTE_CAPABILITY = (9, 0)
 """Of Hopper GPUs, whose `wgmma` other generations do not have."""
@@ -50,14 +50,15 @@ def config_for(
 ) -> MosaicGpuConfig | MosaicGpuSplitConfig:
     """What the kernel runs with: the tuned choice or `config`, as far as the weight allows it.
 
-    A weight without the sums of its codes, or in other groups than those of 128, takes signed operands in tiles of the
-    same size where unsigned ones are wanted.
+    A weight without the sums of its codes, in other groups than those of 128, or whose rows of scales do not start at
+    multiples of 16 bytes, takes signed operands in tiles of the same size where unsigned ones are wanted.
     """
     if config is None:
         problem = Problem(tokens, weight.in_features, weight.group_size, weight.n4, weight.n8)
         config = configs.choose(problem, registry.device_kind(), "mosaic_gpu")
-    has_sums = weight.code_sums4 is not None and weight.group_size == unsigned_operands.GROUP_SIZE
-    return config if has_sums or isinstance(config, MosaicGpuSplitConfig) else config.signed
+    may_be_unsigned = weight.code_sums4 is not None and weight.group_size == unsigned_operands.GROUP_SIZE
+    may_be_unsigned = may_be_unsigned and has_aligned_rows(weight)
+    return config if may_be_unsigned or isinstance(config, MosaicGpuSplitConfig) else config.signed
 
 
 def activation_layout(

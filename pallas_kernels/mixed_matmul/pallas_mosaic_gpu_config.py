@@ -19,6 +19,16 @@ MULTIPROCESSORS = 132
 """Of an H100 SXM, for the rule; the launch asks the device."""
 
 
+HALF_TILE = 0.6
+"""Time of half a tile's tokens, where a tile takes 1: codes are unpacked all the same."""
+
+
+def halved_tiles(num_tiles: int, tile_tokens: int, multiprocessors: int) -> int:
+    """Tiles of a last wave that would keep at most half of the multiprocessors busy: two take half of each."""
+    rest = num_tiles % multiprocessors
+    return rest if 2 * rest <= multiprocessors < num_tiles and tile_tokens // 2 in DOT_TOKENS else 0
+
+
 @dataclasses.dataclass(frozen=True)
 class MosaicGpuConfig:
     """Static settings of the kernel.

@@ -78,9 +78,11 @@ class Tile(ring.Tile):
     """A tile as the loops see it: which channels and tokens, and where its groups stand in the ring.
 
     Attributes:
+        tokens: How many it has.
         first_block: Blocks that the multiprocessor has before it.
     """
 
+    tokens: int
     first_block: Index
 
 
@@ -168,27 +170,31 @@ class Kernel(ring.RingKernel):
                 functools.partial(self.compute_tile, inputs, out, scratch, warpgroup * CHANNELS_PER_WARPGROUP),
             )
 
+    def halved(self, multiprocessors: int) -> int:
+        """Tiles at the end that are visited as two halves each."""
+        return 0
+
     def for_each_tile(self, multiprocessor: Index, multiprocessors: int, visit: Callable[[Tile], None]) -> None:
         """Visit the tiles of this multiprocessor.
 
         8-bit tiles are spread evenly among the 4-bit ones, so that outputs which are neighbours are stored at about
         the same time.
         """
-        channel_tiles = self.tiles4 + self.tiles8
+        channel_tiles, tile_tokens = self.tiles4 + self.tiles8, self.config.tile_tokens
 
-        def one(index: Index, _: None) -> None:
-            token_tile, channel_tile = plgpu.planar_snake(
-                index * multiprocessors + multiprocessor, (self.token_tiles, channel_tiles), 0, self.config.band
-            )
-            first_token = token_tile * self.config.tile_tokens
+        def visit_place(place: Index, first_block: Index, first: Index, tokens: int) -> None:
+            """Visit `tokens` tokens, from `first` on, of the tile at a place of the order."""
+            token_tile, channel_tile = plgpu.planar_snake(place, (self.token_tiles, channel_tiles), 0, self.config.band)
+            first_token = token_tile * tile_tokens + first
 
             def visit_kind(is8: bool, tile: Index) -> None:
                 visit(
                     Tile(
-                        first_block=index * self.num_blocks,
                         is8=is8,
                         first_row=tile * self.tile_channels,
                         first_token=first_token,
+                        tokens=tokens,
+                        first_block=first_block,
                     )
                 )
 
@@ -200,7 +206,18 @@ class Kernel(ring.RingKernel):
             pl.when(is8)(lambda: visit_kind(True, before))
             pl.when(jnp.logical_not(is8))(lambda: visit_kind(False, channel_tile - before))
 
-        lax.fori_loop(0, lax.div(self.num_tiles - 1 - multiprocessor, multiprocessors) + 1, one, None)
+        def visit_whole(index: Index, _: None) -> None:
+            visit_place(index * multiprocessors + multiprocessor, index * self.num_blocks, 0, tile_tokens)
+
+        halved = self.halved(multiprocessors)
+        whole = self.num_tiles - halved
+        lax.fori_loop(0, lax.div(whole - 1 - multiprocessor, multiprocessors) + 1, visit_whole, None)
+        if halved:
+
+            @pl.when(multiprocessor < 2 * halved)
+            def _half() -> None:
+                blocks, half = whole // multiprocessors * self.num_blocks, lax.rem(multiprocessor, 2)
+                visit_place(whole + lax.div(multiprocessor, 2), blocks, half * (tile_tokens // 2), tile_tokens // 2)
 
     def load_tile(self, inputs: dict[str, Ref], scratch: dict[str, Any], tile: Tile) -> None:
         """Copy the groups of a tile into the ring, each as soon as its slot is empty."""

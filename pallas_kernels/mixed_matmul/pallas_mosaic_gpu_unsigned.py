@@ -29,7 +29,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.activations import QuantizedActivations
 from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_unsigned_registers as unsigned
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import ACCUMULATOR, SCALAR, Emitted, Index, Ref, swizzled
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import CHANNELS_PER_WARPGROUP
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import CHANNELS_PER_WARPGROUP, halved_tiles
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_kernel import Kernel, Tile
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_registers import load_codes, wait_dot
 from pallas_kernels.mixed_matmul.unsigned_operands import GROUPS_OF_CORRECTION, corrections_of
@@ -62,6 +62,10 @@ class UnsignedKernel(Kernel):
         first = 0 if blocks == 1 else lax.rem(block, blocks) * self.unroll
         return [first + offset % self.stages for offset in range(self.unroll)]
 
+    def halved(self, multiprocessors: int) -> int:
+        """Tiles at the end that are visited as two halves each."""
+        return halved_tiles(self.num_tiles, self.config.tile_tokens, multiprocessors)
+
     @property
     def corrections(self) -> int:
         """Times that zero points are taken off a tile, each time those of the next 32 groups."""
@@ -77,9 +81,14 @@ class UnsignedKernel(Kernel):
     def operands(self, activations: QuantizedActivations, weight: PackedWeight) -> dict[str, jax.Array]:
         """As in the base class, for activations in the unsigned layout, and the sums of the codes."""
         arrays = super().operands(activations, weight)
-        for bits, sums in (("4", weight.code_sums4), ("8", weight.code_sums8)):
+        for bits, sums, scales in (
+            ("4", weight.code_sums4, weight.scales4),
+            ("8", weight.code_sums8, weight.scales8),
+        ):
             if sums is not None and sums.size:
-                arrays["code_sums" + bits] = sums.reshape(-1)
+                arrays |= {"code_sums" + bits: sums.reshape(-1), "scale_rows" + bits: scales}
+        if weight.n4:
+            arrays["zero_point_rows4"] = weight.zero_points4
         return arrays
 
     def scratch(self) -> dict[str, Any]:
@@ -95,14 +104,21 @@ class UnsignedKernel(Kernel):
             "code_sum_ring": plgpu.SMEM((self.stages, sums), jnp.uint16),
             "full": plgpu.Barrier(num_arrivals=5, num_barriers=self.stages),
             "activation_sums": plgpu.SMEM((c.tile_tokens, SUMS_BYTES), jnp.uint8, transforms=swizzled(SUMS_BYTES)),
-            "sums_full": plgpu.Barrier(num_arrivals=1),
+            "correction_scales": plgpu.SMEM(
+                (GROUPS_OF_CORRECTION, c.tile_channels + unsigned.SCALE_PADDING), jnp.float16
+            ),
+            "correction_zero_points": plgpu.SMEM(
+                (GROUPS_OF_CORRECTION, c.tile_channels + unsigned.ZERO_POINT_PADDING), jnp.uint8
+            ),
+            "sums_full": plgpu.Barrier(num_arrivals=3),
             "sums_empty": plgpu.Barrier(num_arrivals=c.compute_warpgroups),
         }
 
     def load_tile(self, inputs: dict[str, Ref], scratch: dict[str, Any], tile: Tile) -> None:
         """Copy the groups of a tile into the ring, and before each 32 of them their activation sums."""
         c, size, bits = self.config, self.group_size, "8" if tile.is8 else "4"
-        scales, tokens = self.channel_scales(tile.is8), pl.ds(tile.first_token, c.tile_tokens)
+        scales, tokens = self.channel_scales(tile.is8), pl.ds(tile.first_token, tile.tokens)
+        own = pl.ds(0, tile.tokens)
         channels = pl.ds(0, scales.copied)
 
         def load_group(group: Index, slot: Index) -> None:
@@ -113,7 +129,7 @@ class UnsignedKernel(Kernel):
             of_tokens = self.token_scales.window(inputs["token_scales"], group, tile.first_token)
             for source, destination in (
                 (inputs["codes" + bits].at[group, rows], self.code_slot(scratch, tile.is8, slot)),
-                (inputs["codes"].at[tokens, pl.ds(group * size, size)], scratch["activation_ring"].at[slot]),
+                (inputs["codes"].at[tokens, pl.ds(group * size, size)], scratch["activation_ring"].at[slot, own]),
                 (of_channels[0], scratch["channel_scale_ring"].at[slot, channels]),
                 (of_channels[1], scratch["code_sum_ring"].at[slot, channels]),
                 (of_tokens, scratch["token_scale_ring"].at[slot]),
@@ -135,8 +151,19 @@ class UnsignedKernel(Kernel):
             def _wait() -> None:
                 plgpu.barrier_wait(scratch["sums_empty"])
 
+            full = scratch["sums_full"]
+            groups = pl.ds(correction * GROUPS_OF_CORRECTION, GROUPS_OF_CORRECTION)
             sums = pl.ds(self.num_groups * size + correction * SUMS_BYTES, SUMS_BYTES)
-            plgpu.copy_gmem_to_smem(inputs["codes"].at[tokens, sums], scratch["activation_sums"], scratch["sums_full"])
+            plgpu.copy_gmem_to_smem(inputs["codes"].at[tokens, sums], scratch["activation_sums"].at[own], full)
+            rows = pl.ds(tile.first_row, c.tile_channels + unsigned.SCALE_PADDING)
+            plgpu.copy_gmem_to_smem(inputs["scale_rows" + bits].at[groups, rows], scratch["correction_scales"], full)
+            if tile.is8:
+                plgpu.barrier_arrive(full)
+            else:
+                rows = pl.ds(tile.first_row, c.tile_channels + unsigned.ZERO_POINT_PADDING)
+                plgpu.copy_gmem_to_smem(
+                    inputs["zero_point_rows4"].at[groups, rows], scratch["correction_zero_points"], full
+                )
             lax.fori_loop(*self.blocks_of(correction), load_block, None)
 
         lax.fori_loop(0, self.corrections, load_corrected, None)
@@ -145,8 +172,8 @@ class UnsignedKernel(Kernel):
         self, inputs: dict[str, Ref], out: Ref, scratch: dict[str, Any], first_channel: Index, tile: Tile
     ) -> None:
         """Compute 64 channels of a tile, from `first_channel` on, and store them."""
-        c, is8 = self.config, tile.is8
-        emit = _UnsignedEmitted(self.group_size, c.tile_tokens, even_tokens=self.tokens % 2 == 0, is8=is8)
+        is8, own = tile.is8, pl.ds(0, tile.tokens)
+        emit = _UnsignedEmitted(self.group_size, tile.tokens, even_tokens=self.tokens % 2 == 0, is8=is8)
         first_row, rows = tile.first_row + first_channel, self.n8 if is8 else self.n4
         emit.fetch_columns(inputs["order"], scratch["columns"], first_row, rows, self.n4 if is8 else 0)
 
@@ -164,7 +191,7 @@ class UnsignedKernel(Kernel):
             """
             slots = self.slots(tile.first_block + index)
             codes = wait_and_load(slots[0])
-            dot = emit.start(codes, scratch["activation_ring"].at[slots[0]])
+            dot = emit.start(codes, scratch["activation_ring"].at[slots[0], own])
             for offset, slot in enumerate(slots):
                 group, is_last = index * self.unroll + offset, offset == self.unroll - 1
                 next_codes = codes if is_last else wait_and_load(slots[offset + 1])
@@ -179,17 +206,15 @@ class UnsignedKernel(Kernel):
                 plgpu.barrier_arrive(scratch["empty"].at[slot])
                 if not is_last:
                     codes = next_codes
-                    dot = emit.start(codes, scratch["activation_ring"].at[slots[offset + 1]])
+                    dot = emit.start(codes, scratch["activation_ring"].at[slots[offset + 1], own])
             return total
 
         def add_corrected(correction: Index, total: Any) -> Any:
             plgpu.barrier_wait(scratch["sums_full"])
-            channels = [inputs["scales8"]] if is8 else [inputs["scales4"], inputs["zero_points4"]]
-            first_group = jnp.int32(correction * GROUPS_OF_CORRECTION)
-            shape = (self.num_groups, rows)
-            total = emit.subtract_zero_points(
-                total, scratch["activation_sums"], channels, first_row, first_group, shape
-            )
+            channels = [scratch["correction_scales"]]
+            if not is8:
+                channels.append(scratch["correction_zero_points"])
+            total = emit.subtract_zero_points(total, scratch["activation_sums"].at[own], channels, first_channel)
             plgpu.barrier_arrive(scratch["sums_empty"])
             return lax.fori_loop(*self.blocks_of(correction), add_block, total)
 
@@ -246,24 +271,18 @@ class _UnsignedEmitted(Emitted):
 
         return emit(dot, codes, total, *scales, first_channel, first_token)
 
-    def subtract_zero_points(
-        self,
-        total: Any,
-        activation_sums: Ref,
-        channels: list[Ref],
-        first_row: Index,
-        first_group: Index,
-        shape: tuple[int, int],
-    ) -> Any:
-        """Take the zero points of 32 groups off; `channels` are scales, and zero points where they differ."""
-        types = (ACCUMULATOR, plgpu.RefType(swizzled(SUMS_BYTES)), SCALAR, SCALAR)
+    def subtract_zero_points(self, total: Any, activation_sums: Ref, channels: list[Ref], first: Index) -> Any:
+        """Take the zero points of 32 groups off.
+
+        `channels` are scales, and zero points where they differ; the warpgroup's start at channel `first`.
+        """
+        types = (ACCUMULATOR, plgpu.RefType(swizzled(SUMS_BYTES)), SCALAR)
 
         @plgpu.inline_mgpu(arg_types=(*types, *[plgpu.RefType()] * len(channels)), return_type=self.total_type)
-        def emit(ctx: Any, total: Any, sums: Any, first_row: Any, first_group: Any, scales: Any, *rest: Any) -> Any:
-            first = (first_row.registers.item(), first_group.registers.item())
-            return unsigned.subtract_zero_points(total, sums, scales, rest[0] if rest else None, *first, shape)
+        def emit(ctx: Any, total: Any, sums: Any, first: Any, *channels: Any) -> Any:
+            return unsigned.subtract_zero_points(total, sums, first.registers.item(), *channels)
 
-        return emit(total, activation_sums, first_row, first_group, *channels)
+        return emit(total, activation_sums, first, *channels)
 
     def unscaled(self, total: Any) -> Any:
         """The finished totals."""

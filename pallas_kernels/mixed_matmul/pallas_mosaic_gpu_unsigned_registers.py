@@ -32,6 +32,9 @@ TOTAL_SCALE = 2.0**-38
 SIGN_OFFSET = 128
 """What an unsigned activation, or an unsigned 8-bit code, has more than the signed one."""
 
+SCALE_PADDING, ZERO_POINT_PADDING = 8, 16
+"""Elements more in a row of a correction's scales or zero points, so that a warp reads other banks in other rows."""
+
 
 def unpack_codes4(packed: fa.FragmentedArray) -> fa.FragmentedArray:
     """Codes 0..15 as bytes, `[64, group_size]`, from packed bytes `[64, group_size // 2]`."""
@@ -63,12 +66,14 @@ def issue_dot(codes: fa.FragmentedArray, activations: ir.Value, tokens: int) -> 
     num_sums, steps = tokens // 2, len(words) // 4
     descriptor = num_sums + len(words)
     outputs = ", ".join(f"${index}" for index in range(num_sums))
-    lines = [".reg .pred first, next;", f".reg .b64 d<{steps}>;", "setp.ne.b32 first, 0, 0;", "setp.eq.b32 next, 0, 0;"]
+    lines = [".reg .pred first, next;", ".reg .b32 low, high;", f".reg .b32 l<{steps}>;", f".reg .b64 d<{steps}>;"]
+    lines += ["setp.ne.b32 first, 0, 0;", "setp.eq.b32 next, 0, 0;", f"mov.b64 {{low, high}}, ${descriptor};"]
     lines.append("wgmma.fence.sync.aligned;")
     for step in range(steps):
         left = ", ".join(f"${num_sums + 4 * step + index}" for index in range(4))
         adds = "next" if step else "first"
-        lines.append(f"add.s64 d{step}, ${descriptor}, {2 * step};")  # 32 bytes on, in units of 16
+        # 32 bytes on, in units of 16; the address is in the lower half alone.
+        lines.append(f"add.u32 l{step}, low, {2 * step}; mov.b64 d{step}, {{l{step}, high}};")
         lines.append(
             f"wgmma.mma_async.sync.aligned.m64n{tokens}k32.s32.u8.u8 {{{outputs}}}, {{{left}}}, d{step}, {adds};"
         )
@@ -97,9 +102,9 @@ def load_channel_scales(scales: ir.Value, sums: ir.Value, first: ir.Value) -> li
     for half in range(2):
         place = arith.addi(channel, i32_constant(8 * half))
         scale = arith.extf(f32, load(scales, place, ir.F16Type.get()))
-        total = arith.uitofp(f32, load(sums, place, ir.IntegerType.get_signless(16)))
-        offset = arith.mulf(arith.mulf(scale, f32_constant(-SIGN_OFFSET * TOTAL_SCALE)), total)
-        pairs.append((arith.mulf(scale, f32_constant(TOTAL_SCALE * 2.0**149)), offset))
+        scale = arith.mulf(scale, f32_constant(TOTAL_SCALE * 2.0**149))
+        total = _denormal(load(sums, place, ir.IntegerType.get_signless(16)))
+        pairs.append((scale, arith.mulf(arith.mulf(total, f32_constant(-float(SIGN_OFFSET))), scale)))
     return pairs
 
 
@@ -135,11 +140,9 @@ def add_scaled(
 def subtract_zero_points(
     total: fa.FragmentedArray,
     activation_sums: ir.Value,
+    first_channel: ir.Value,
     scales: ir.Value,
-    zero_points: ir.Value | None,
-    first_row: ir.Value,
-    first_group: ir.Value,
-    shape: tuple[int, int],
+    zero_points: ir.Value | None = None,
 ) -> fa.FragmentedArray:
     """Take `scale * zero point * (activation sum * token scale)` of 32 groups off the totals; waits for it.
 
@@ -149,28 +152,24 @@ def subtract_zero_points(
         total: Float32 `[64, tokens]`, times `TOTAL_SCALE`.
         activation_sums: bfloat16 as bytes `[tokens, 128]` in shared memory: for the 32 groups the upper term, then the
             lower term. Zero where there is no group.
-        scales: float16, flat `[groups * rows]`, in global memory.
-        zero_points: uint8 likewise, or None where all are `SIGN_OFFSET`.
-        first_row: The warpgroup's first row; rows beyond the last take the last one's values.
-        first_group: First of the 32 groups.
-        shape: Groups and rows of `scales`.
+        first_channel: The warpgroup's first channel of the tile.
+        scales: float16 `[32, channels + SCALE_PADDING]` in shared memory.
+        zero_points: uint8 `[32, channels + ZERO_POINT_PADDING]`, or None where all are `SIGN_OFFSET`.
     """
     f32 = ir.F32Type.get()
-    groups, rows = shape
     channel, pair = lane_position()
+    channel = arith.addi(first_channel, channel)
     left: dict[tuple[int, int, int], ir.Value] = {}  # by term, step of 16 groups, register
     for half, step, upper in itertools.product(range(2), range(2), range(2)):
-        row = arith.minsi(arith.addi(first_row, arith.addi(channel, i32_constant(8 * half))), i32_constant(rows - 1))
         values = []
         for one in range(2):
-            group = arith.addi(first_group, arith.addi(pair, i32_constant(16 * step + 8 * upper + one)))
-            place = arith.addi(arith.muli(arith.minsi(group, i32_constant(groups - 1)), i32_constant(rows)), row)
-            scale = arith.extf(f32, load(scales, place, ir.F16Type.get()))
+            group = 16 * step + 8 * upper + one
+            scale = arith.extf(f32, _load_of_group(scales, pair, group, channel, 8 * half, ir.F16Type.get()))
             if zero_points is None:
                 values.append(arith.mulf(scale, f32_constant(-SIGN_OFFSET * TOTAL_SCALE)))
                 continue
-            zero_point = arith.uitofp(f32, load(zero_points, place, ir.IntegerType.get_signless(8)))
-            values.append(arith.mulf(arith.mulf(scale, f32_constant(-TOTAL_SCALE)), zero_point))
+            byte = _load_of_group(zero_points, pair, group, channel, 8 * half, ir.IntegerType.get_signless(8))
+            values.append(arith.mulf(arith.mulf(scale, f32_constant(-TOTAL_SCALE * 2.0**149)), _denormal(byte)))
         word = _bfloat16_pair(values)
         rounded = [arith.shli(word, i32_constant(16)), arith.andi(word, i32_constant(0xFFFF0000))]
         rest = [arith.subf(value, arith.bitcast(f32, bits)) for value, bits in zip(values, rounded, strict=True)]
@@ -206,6 +205,21 @@ def unscaled(total: fa.FragmentedArray) -> fa.FragmentedArray:
         value = arith.mulf(element(register), f32_constant(1 / TOTAL_SCALE))
         new[index] = vector.broadcast(ir.VectorType.get((1,), f32), value)
     return fa.FragmentedArray(_registers=new, _layout=total.layout, _is_signed=None)
+
+
+def _denormal(integer: ir.Value) -> ir.Value:
+    """The float32 with the bits of a short unsigned integer: the integer times 2**-149, without a conversion."""
+    return arith.bitcast(ir.F32Type.get(), arith.extui(ir.IntegerType.get_signless(32), integer))
+
+
+def _load_of_group(
+    ref: ir.Value, first_group: ir.Value, group: int, first_channel: ir.Value, channel: int, dtype: ir.Type
+) -> ir.Value:
+    """`ref[first_group + group, first_channel + channel]`; what is static is part of the instruction."""
+    pitch = ir.MemRefType(ref.type).shape[1]
+    place = arith.addi(arith.muli(first_group, i32_constant(pitch)), first_channel)
+    pointer = utils.getelementptr(utils.memref_ptr(ref), [place], dtype)
+    return llvm.load(dtype, utils.getelementptr(pointer, [group * pitch + channel], dtype))
 
 
 def _bfloat16_pair(values: list[ir.Value]) -> ir.Value:
