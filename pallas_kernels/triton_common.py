@@ -21,16 +21,16 @@ MAX_ELEMENTS = 2**30
 
 
 def quantize_groups(groups: jax.Array, *, offset: int = 0) -> tuple[jax.Array, jax.Array]:
-    """Quantise groups whose values lie along the first and the last axis.
+    """Quantise groups whose values lie along all axes but the second.
 
     Args:
-        groups: float32 `[chunks, groups, columns]`.
+        groups: float32 `[chunks, groups, runs, columns]`.
         offset: Added to the codes; even.
 
     Returns:
-        Codes plus the offset, int32 of the same shape, and float32 scales `[1, groups, 1]`.
+        Codes plus the offset, int32 of the same shape, and float32 scales `[1, groups, 1, 1]`.
     """
-    largest = jnp.expand_dims(jnp.max(jnp.max(jnp.abs(groups), axis=0), axis=-1), (0, 2))
+    largest = of_groups(jnp.max, jnp.abs(groups))
     scales = divide(largest, jnp.full(largest.shape, 127.0, jnp.float32))
     scales = jnp.where(scales < SMALLEST_SCALE, 0.0, scales)
     divisors = jnp.where(scales > 0, scales, 1.0)
@@ -40,6 +40,11 @@ def quantize_groups(groups: jax.Array, *, offset: int = 0) -> tuple[jax.Array, j
     quotients = groups * inverses
     remainders = fma(-quotients, divisors, groups)
     return round_to_int(fma(remainders, inverses, quotients), offset), scales
+
+
+def of_groups(reduce: Callable[..., jax.Array], values: jax.Array) -> jax.Array:
+    """One value a group, `[1, groups, 1, 1]`, from `[chunks, groups, runs, columns]`: Triton reduces axis by axis."""
+    return jnp.expand_dims(reduce(reduce(reduce(values, axis=0), axis=2), axis=1), (0, 2, 3))
 
 
 NUM_COUNTERS = 1024

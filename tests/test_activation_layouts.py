@@ -116,7 +116,7 @@ def test_settings_do_not_change_the_codes(interpret: bool, group_size: int, layo
     x = jnp.asarray(values(3, 5 * 128), "bfloat16")
     settings = {"group_size": group_size, "layout": layout, "interpret": interpret}
     chunks = min(64, group_size)
-    configs = Config(8, group_size, 4), Config(32, chunks, 4)
+    configs = Config(8, group_size, 4), Config(16, chunks, 4)
     for quantize, values_ in (
         (quantize_triton.quantize_activations, x),
         (swiglu_triton.swiglu_quantize, jnp.concatenate([x, x[::-1]], axis=1)),

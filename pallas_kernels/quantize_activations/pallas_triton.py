@@ -13,11 +13,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.activations import Layout, QuantizedActivations
-from pallas_kernels.quantize_activations.triton_output import QuantizedOutput
+from pallas_kernels.quantize_activations.triton_output import QuantizedOutput, iota
 from pallas_kernels.triton_common import refuses_triton
 
 LoadGroups = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
-"""Takes the input, the tokens, the offsets within a token and a mask; gives float32 `[chunks, groups, columns]`."""
+"""Takes the input, the tokens, the offsets within a token and a mask; gives float32 for `QuantizedOutput.store`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Config:
 
 
 MANY_GROUPS = 8192
-"""From here on programs of 32 groups are enough to keep all multiprocessors of a large GPU busy."""
+"""From here on programs of 16 groups are enough to keep all multiprocessors of a large GPU busy."""
 
 
 def default_config(groups: int, group_size: int) -> Config:
     """For a number of groups of all tokens: threads enough for every multiprocessor, or else few instructions."""
     if groups < MANY_GROUPS:
         return Config(8, group_size, 4)
-    return Config(32, min(group_size, 64), 4)
+    return Config(16, min(group_size, 64), 4)
 
 
 def quantize_activations(
@@ -95,7 +95,7 @@ def _quantize_kernel(
 ) -> None:
     tokens = output.tokens // terms
     output.clear_counters(out_refs, pl.program_id(0) == 0)
-    index = pl.program_id(0) * groups + jax.lax.broadcasted_iota(jnp.int32, (1, groups, 1), 1)
+    index = pl.program_id(0) * groups + iota(groups, 1)
     token, group = index // output.places, index % output.places
     exists = (token < tokens) & (group < output.num_groups)
     values = load_groups(x_ref, token, group * output.group_size + output.channels, exists)

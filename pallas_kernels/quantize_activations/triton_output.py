@@ -12,7 +12,18 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.activations import Layout, QuantizedActivations
 from pallas_kernels.mixed_matmul import unsigned_operands
-from pallas_kernels.triton_common import clear_counters, counters_shape, quantize_groups
+from pallas_kernels.triton_common import clear_counters, counters_shape, of_groups, quantize_groups
+
+RUN = 8
+"""Neighbouring values of a thread, 16 bytes of bfloat16. Left to itself Triton takes 16, which make 16 bytes of codes,
+and the loads of neighbouring threads lie 32 bytes apart."""
+
+
+def iota(size: int, axis: int) -> jax.Array:
+    """0..size-1 along one of the four axes of a kernel's values, the others of size 1."""
+    shape = [1] * 4
+    shape[axis] = size
+    return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +35,9 @@ class QuantizedOutput:
         features: Input channels.
         group_size: Channels that share a scale.
         layout: Of the codes.
-        columns: Of a group in one chunk. A kernel has its values as `[chunks, groups, columns]`, where the threads
-            divide the last two axes among them: with fewer columns a thread has more of a group, and less of its
-            instructions are spent on what there is once for each group.
+        columns: Of a group in one chunk. A kernel has its values as `[chunks, groups, columns / RUN, RUN]`, where the
+            threads divide the two axes in the middle among them: with fewer columns a thread has more of a group, and
+            less of its instructions are spent on what there is once for each group.
     """
 
     tokens: int
@@ -37,9 +48,10 @@ class QuantizedOutput:
 
     @property
     def channels(self) -> jax.Array:
-        """int32 `[chunks, 1, columns]`: which channels of its group a value belongs to."""
-        chunk = jax.lax.broadcasted_iota(jnp.int32, (self.group_size // self.columns, 1, 1), 0)
-        return chunk * self.columns + jax.lax.broadcasted_iota(jnp.int32, (1, 1, self.columns), 2)
+        """int32 `[chunks, 1, runs, RUN]`: which channel of its group a value belongs to."""
+        sizes = self.group_size // self.columns, self.columns // RUN, RUN
+        chunk, run, column = (iota(size, axis) for size, axis in zip(sizes, (0, 2, 3), strict=True))
+        return chunk * self.columns + run * RUN + column
 
     @property
     def num_groups(self) -> int:
@@ -79,15 +91,15 @@ class QuantizedOutput:
 
         Args:
             refs: The outputs.
-            values: float32 `[chunks, groups, columns]`; 0 where there is no such group.
-            token: int32 `[1, groups, 1]` or a scalar; groups of tokens past the end are left out.
-            group: int32 `[1, groups, 1]`, of the token; those past `places` are left out.
+            values: float32 `[chunks, groups, runs, RUN]`; 0 where there is no such group.
+            token: int32 `[1, groups, 1, 1]` or a scalar; groups of tokens past the end are left out.
+            group: int32 `[1, groups, 1, 1]`, of the token; those past `places` are left out.
         """
         unsigned = self.layout == "unsigned"
         offset = unsigned_operands.OFFSET if unsigned else 0
         codes, scales = quantize_groups(values, offset=offset)
         if unsigned:
-            sums = jnp.expand_dims(jnp.sum(jnp.sum(codes, axis=0), axis=-1), (0, 2)) - offset * self.group_size
+            sums = of_groups(jnp.sum, codes) - offset * self.group_size
             self._store_corrections(refs["codes"], sums, scales, token, group)
         exists = (token < self.tokens) & (group < self.num_groups)
         place = token * self.width + group * self.group_size + self.channels
@@ -100,13 +112,13 @@ class QuantizedOutput:
     def _store_corrections(
         self, ref: Any, sums: jax.Array, scales: jax.Array, token: jax.Array, group: jax.Array
     ) -> None:
-        """Store what the zero points are multiplied by, behind the codes; all but `ref` are `[1, groups, 1]`."""
+        """Store what the zero points are multiplied by, behind the codes; all but `ref` are `[1, groups, 1, 1]`."""
         exists = (token < self.tokens) & (group < self.places)
         correction = group // unsigned_operands.GROUPS_OF_CORRECTION
         within = group % unsigned_operands.GROUPS_OF_CORRECTION
         high, mid = unsigned_operands.correction_terms(sums, scales)
-        # One store of single bytes `[1, groups, 4]`: of each group two of hi and, 64 bytes on, two of mid.
-        byte = jax.lax.broadcasted_iota(jnp.int32, (1, 1, 4), 2)
+        # One store of single bytes `[1, groups, 1, 4]`: of each group two of hi and, 64 bytes on, two of mid.
+        byte = iota(4, 3)
         place = token * self.width + self.features + correction * self.group_size + 2 * within
         place = place + byte % 2 + byte // 2 * (2 * unsigned_operands.GROUPS_OF_CORRECTION)
         bits = (high | (mid << 16)) >> (8 * byte).astype(jnp.uint32)

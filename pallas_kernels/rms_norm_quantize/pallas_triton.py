@@ -11,14 +11,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.activations import Layout, QuantizedActivations
-from pallas_kernels.quantize_activations.triton_output import QuantizedOutput
+from pallas_kernels.quantize_activations.triton_output import RUN, QuantizedOutput, iota
 from pallas_kernels.triton_common import next_power_of_2, refuses_triton
 
 MAX_FEATURES = 2**16
 """Longest row: 64 elements for each of 1024 threads."""
-
-FEW_TOKENS = 128
-"""Up to here every multiprocessor has a token: many threads for each are fastest, and then few instructions."""
 
 
 def rms_norm_quantize(
@@ -37,15 +34,14 @@ def rms_norm_quantize(
     `columns` (of a group in a chunk, see `QuantizedOutput`) overrides the choice.
     """
     tokens, features = x.shape
-    columns = columns or (group_size if tokens <= FEW_TOKENS else min(group_size, 64))
+    columns = columns or group_size
     output = QuantizedOutput(tokens, features, group_size, layout, columns)
     inputs = {"x": x.reshape(-1), "norm_weight": norm_weight}
     out_shape = output.shapes()
     if residual is not None:
         inputs["residual"] = residual.reshape(-1)
         out_shape["total"] = jax.ShapeDtypeStruct((tokens * features,), x.dtype)
-    # So that the threads take the groups of a chunk once: 8 values of a chunk for each, or 16 in several chunks.
-    warps = next_power_of_2(output.places) * columns // (32 * (8 if columns == group_size else 16))
+    warps = next_power_of_2(output.places) * columns // (32 * RUN)  # the threads of which take a chunk once
     out = pl.pallas_call(
         functools.partial(_rms_norm_quantize_kernel, output=output, epsilon=epsilon),
         grid=(tokens,),
@@ -62,7 +58,7 @@ def _rms_norm_quantize_kernel(
 ) -> None:
     token = pl.program_id(0)
     output.clear_counters(out_refs, token == 0)
-    group = jax.lax.broadcasted_iota(jnp.int32, (1, next_power_of_2(output.places), 1), 1)
+    group = iota(next_power_of_2(output.places), 1)
     column = group * output.group_size + output.channels
     valid = group < output.num_groups
     place = token * output.features + column
