@@ -59,6 +59,19 @@ def test_layers_of_one_shape_are_one_program_and_are_compiled_ahead():
     assert prefill.run_layers._cache_size() == 1
 
 
+def test_a_model_whose_layers_differ_is_cut_once():
+    model, packed = model_of(CONFIG.num_layers), model_of(CONFIG.num_layers, "W4A8")
+    model.layers[-1] = packed.layers[-1]
+    cut = prefill.PrefillModel(model)
+    assert len(cut.segments) == 1
+    assert len(cut.rest.tree()[0]) == CONFIG.num_layers - prefill.LAYERS_OF_A_PROGRAM
+    tokens, lengths = np.asarray([[5] * 16], np.int32), np.asarray([16], np.int32)
+    cache, logits = cut.step(KVCache.zeros(CONFIG, 1, 32, jnp.float32), tokens, lengths, 0)
+    expected, _ = model(jnp.asarray(tokens), KVCache.zeros(CONFIG, 1, 32, jnp.float32), last_only=True)
+    np.testing.assert_allclose(logits, expected, rtol=1e-2, atol=1e-2)
+    assert len(cache.layers) == CONFIG.num_layers
+
+
 def test_rows_without_tokens_in_the_last_chunk_keep_their_logits(monkeypatch):
     model = model_of(2)
     whole = Engine(model).prefill(KVCache.zeros(model.config, 3, 32, jnp.float32), PROMPTS, 0)[1]

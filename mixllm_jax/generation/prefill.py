@@ -4,12 +4,14 @@ Before its first kernel starts, a program needs the host for some microseconds a
 layers of an 8B model at 4.4 bits, in which the device idles. Cut up, it starts after those of the first few layers, and
 the host prepares the next ones while it works. That hides as well what it costs to write new addresses into XLA's CUDA
 graphs, which every prompt needs, since its cache lies elsewhere, and every segment of layers. Layers of one shape also
-share one program, which is compiled in a fraction of the time.
+share one program, which is compiled in a fraction of the time. Layers that differ, as those of a quantised model do in
+their numbers of 8-bit channels, would each bring kernels of their own to every program: such a model is cut only once.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -29,6 +31,7 @@ from pallas_kernels.kv_cache import LayerCache
 LAYERS_OF_A_PROGRAM = 4
 """Their kernels keep the device busy for longer than the host takes to launch the next ones."""
 
+Item = TypeVar("Item")
 LayerCaches = tuple[LayerCache, ...]
 Hidden = Float[Array, "batch length hidden"]
 
@@ -98,7 +101,11 @@ class PrefillModel:
     """
 
     def __init__(self, model: Decoder) -> None:
-        *segments, rest = _cut(tuple(model.layers))
+        blocks = tuple(model.layers)
+        alike = len({_shapes(Flat.of(block)) for block in blocks}) == 1
+        programs = math.ceil(len(blocks) / LAYERS_OF_A_PROGRAM)
+        self._starts = [index * LAYERS_OF_A_PROGRAM for index in range(programs if alike else min(programs, 2))]
+        *segments, rest = self._cut(blocks)
         self.config = model.config
         self.embedding = Flat.of(model.embedding)
         self.segments = _with_shared_structures([Flat.of(segment) for segment in segments])
@@ -124,7 +131,7 @@ class PrefillModel:
         """
         x, update, rotary = begin(self.embedding, self.config, tokens, cache.lengths)
         layers: LayerCaches = ()
-        *caches, rest = _cut(cache.layers)
+        *caches, rest = self._cut(cache.layers)
         for segment, segment_caches in zip(self.segments, caches, strict=True):
             done, x, update = run_layers(segment, segment_caches, x, update, rotary, history)
             layers += done
@@ -137,22 +144,22 @@ class PrefillModel:
         """The programs of a `step` of these shapes, each once, to compile ahead."""
         yield begin.lower(self.embedding, self.config, tokens, cache.lengths)
         x, update, rotary = begin.eval_shape(self.embedding, self.config, tokens, cache.lengths)
-        *caches, rest = _cut(cache.layers)
+        *caches, rest = self._cut(cache.layers)
         seen = set()
         for segment, segment_caches in zip(self.segments, caches, strict=True):
-            shapes = (segment.structure, *((array.shape, array.dtype) for array in segment.arrays))
-            if shapes not in seen:
+            if _shapes(segment) not in seen:
                 yield run_layers.lower(segment, segment_caches, x, update, rotary, history)
-            seen.add(shapes)
+            seen.add(_shapes(segment))
         yield finish.lower(self.rest, rest, x, update, rotary, lengths, cache.lengths, history)
 
+    def _cut(self, layers: tuple[Item, ...]) -> list[tuple[Item, ...]]:
+        """The layers of each program; the last ones go to `finish`."""
+        return [layers[start:end] for start, end in zip(self._starts, [*self._starts[1:], None], strict=True)]
 
-Item = TypeVar("Item")
 
-
-def _cut(layers: tuple[Item, ...]) -> list[tuple[Item, ...]]:
-    """Segments of layers; the last, which goes to `finish`, may be shorter."""
-    return [layers[start : start + LAYERS_OF_A_PROGRAM] for start in range(0, len(layers), LAYERS_OF_A_PROGRAM)]
+def _shapes(flat: Flat[Any]) -> tuple[Any, ...]:
+    """What a program is compiled for."""
+    return flat.structure, *((array.shape, array.dtype) for array in flat.arrays)
 
 
 def _with_shared_structures(segments: list[Flat[Any]]) -> list[Flat[Any]]:
