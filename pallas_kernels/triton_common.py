@@ -95,12 +95,14 @@ def implementations(
 ) -> dict[str, registry.Implementation]:
     """The implementations that every operation has.
 
-    `triton_interpret` runs the Triton kernel step by step in JAX, on any device: slow, for tests.
+    `triton_interpret` runs the Triton kernel step by step in JAX, on any device: slow, for tests. `mosaic_gpu` is the
+    Triton kernel too, but for the matmul, which has its own: so that a model can run with one name for all operations.
     """
     interpret = {"interpret": True}
     return {
         "xla": registry.Implementation(xla, registry.never_refuses),
         "triton": registry.Implementation(triton, refuses),
+        "mosaic_gpu": registry.Implementation(triton, refuses),
         "triton_interpret": registry.Implementation(
             functools.partial(triton, **interpret), functools.partial(refuses, **interpret)
         ),

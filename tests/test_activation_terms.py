@@ -18,7 +18,7 @@ INTERPRETED = pytest.param(
     marks=pytest.mark.skipif(registry.default_platform() != "cpu", reason="interpret mode is for a CPU"),
 )
 QUANTIZERS = ["xla", pytest.param("triton", marks=gpu)]
-LINEARS = [*QUANTIZERS, INTERPRETED, pytest.param("auto", marks=gpu)]
+LINEARS = [*QUANTIZERS, INTERPRETED, *(pytest.param(name, marks=gpu) for name in ("mosaic_gpu", "auto"))]
 TWO_TERMS = 1e-4
 """Largest relative error of a product with the activations below: 200 times less than with one term."""
 

@@ -305,6 +305,8 @@ def test_implementation_that_cannot_run_says_why():
     if registry.default_platform() != "gpu":
         with pytest.raises(NotImplementedError, match="'triton' cannot run: it needs an NVIDIA GPU"):
             mixed_matmul(activations, weight, out_dtype="float32", implementation="triton")
+        with pytest.raises(NotImplementedError, match="'mosaic_gpu' cannot run: it needs an NVIDIA GPU"):
+            quantize_activations(jnp.ones((1, 64)), 32, implementation="mosaic_gpu")
         assert matmul_api.OPERATION.choose("auto", activations, weight, None, out_dtype="float32") == "xla"
 
 

@@ -22,9 +22,9 @@ def add_execution_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--implementation",
+        choices=("auto", "xla", "triton", "mosaic_gpu"),
         default="auto",
-        metavar="NAME",
-        help="implementation of the quantized operations: auto, xla, triton, mosaic_gpu (default: auto)",
+        help="of the quantized operations (default: auto)",
     )
     group.add_argument(
         "--kv-bits",
