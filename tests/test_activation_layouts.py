@@ -33,6 +33,7 @@ from pallas_kernels.mixed_matmul import api as matmul_api
 from pallas_kernels.mixed_matmul import pallas_mosaic_gpu
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MosaicGpuConfig
 from pallas_kernels.quantize_activations import pallas_triton as quantize_triton
+from pallas_kernels.quantize_activations import triton_output
 from pallas_kernels.quantize_activations.pallas_triton import Config
 from pallas_kernels.rms_norm_quantize import pallas_triton as rms_norm_triton
 from pallas_kernels.swiglu_quantize import pallas_triton as swiglu_triton
@@ -116,13 +117,16 @@ def test_settings_do_not_change_the_codes(interpret: bool, group_size: int, layo
     x = jnp.asarray(values(3, 5 * 128), "bfloat16")
     settings = {"group_size": group_size, "layout": layout, "interpret": interpret}
     chunks = min(64, group_size)
-    configs = Config(8, group_size, 4), Config(16, chunks, 4)
+    configs = Config(8, group_size, 4), Config(16, chunks, 4), Config(8, 32, 1)
     for quantize, values_ in (
         (quantize_triton.quantize_activations, x),
         (swiglu_triton.swiglu_quantize, jnp.concatenate([x, x[::-1]], axis=1)),
     ):
-        one, other = (jax.jit(functools.partial(quantize, config=config, **settings))(values_) for config in configs)
-        jax.tree.map(np.testing.assert_array_equal, one, other)
+        first, *others = (
+            jax.jit(functools.partial(quantize, config=config, **settings))(values_) for config in configs
+        )
+        for other in others:
+            jax.tree.map(np.testing.assert_array_equal, first, other)
     norm = functools.partial(rms_norm_triton.rms_norm_quantize, x, x[0], x, epsilon=1e-5, **settings)
     (one, total), (other, other_total) = (jax.jit(functools.partial(norm, columns=n))() for n in (group_size, chunks))
     np.testing.assert_array_equal(total, other_total)
@@ -130,6 +134,15 @@ def test_settings_do_not_change_the_codes(interpret: bool, group_size: int, layo
     one, other = (np.asarray(found.in_layout("signed").codes, int) for found in (one, other))
     assert np.abs(one - other).max() <= 1
     assert np.mean(one != other) < 1e-3
+
+
+def test_few_and_many_groups_have_settings_that_fit_the_group():
+    for group_size in (32, 64, 128):
+        few, many = (quantize_triton.choose_config(groups, group_size, swiglu_triton.MANY) for groups in (64, 10**5))
+        assert few.columns == group_size
+        assert many.columns == min(group_size, swiglu_triton.MANY.columns)
+    assert triton_output.eviction_policy(16 * 4096) is None
+    assert triton_output.eviction_policy(2048 * 14336) == "evict_first"
 
 
 @pytest.mark.parametrize("implementation", ["xla", INTERPRETED, pytest.param("triton", marks=gpu)])

@@ -36,14 +36,19 @@ class Config:
 
 
 MANY_GROUPS = 8192
-"""From here on programs of 16 groups are enough to keep all multiprocessors of a large GPU busy."""
+"""Groups of all tokens from which on instructions count for more than threads."""
+
+FEW = Config(8, 128, 4)
+"""For fewer groups, of all operations."""
+
+MANY = Config(8, 32, 1)
+"""For more of them, where a warp alone needs no barriers: of eight settings the fastest for plain activations."""
 
 
-def default_config(groups: int, group_size: int) -> Config:
-    """For a number of groups of all tokens: threads enough for every multiprocessor, or else few instructions."""
-    if groups < MANY_GROUPS:
-        return Config(8, group_size, 4)
-    return Config(16, min(group_size, 64), 4)
+def choose_config(groups: int, group_size: int, many: Config) -> Config:
+    """The settings for a number of groups of all tokens; `many` are those of the operation for many."""
+    config = many if groups >= MANY_GROUPS else FEW
+    return dataclasses.replace(config, columns=min(group_size, config.columns))
 
 
 def quantize_activations(
@@ -59,6 +64,7 @@ def quantize_activations(
     tokens, features = x.shape
     load_groups = functools.partial(_load_groups, features=features)
     sizes = (tokens, features, group_size, layout)
+    config = config or choose_config(x.size // group_size, group_size, MANY)
     return quantize_loaded(load_groups, x, sizes, "quantize_activations", config, terms=terms, interpret=interpret)
 
 
@@ -67,7 +73,7 @@ def quantize_loaded(
     x: jax.Array,
     sizes: tuple[int, int, int, Layout],
     name: str,
-    config: Config | None,
+    config: Config,
     *,
     terms: int = 1,
     interpret: bool,
@@ -77,7 +83,6 @@ def quantize_loaded(
     The groups of all tokens are one list, of which a program takes a run.
     """
     tokens, features, group_size, layout = sizes
-    config = config or default_config(tokens * features // group_size, group_size)
     output = QuantizedOutput(terms * tokens, features, group_size, layout, config.columns)
     out = pl.pallas_call(
         functools.partial(_quantize_kernel, load_groups=load_groups, output=output, terms=terms, groups=config.groups),

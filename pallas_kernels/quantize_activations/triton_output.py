@@ -18,6 +18,17 @@ RUN = 8
 """Neighbouring values of a thread, 16 bytes of bfloat16. Left to itself Triton takes 16, which make 16 bytes of codes,
 and the loads of neighbouring threads lie 32 bytes apart."""
 
+LARGE_INPUT = 2**21
+"""Values of an input that takes a good part of a cache."""
+
+
+def eviction_policy(values: int) -> str | None:
+    """For loading an input that nothing reads again: a large one is not to drive out of the cache what is still wanted.
+
+    Behind the matmul that wrote 2048 x 28672 values of gate and up, SwiGLU took 56.4 us without this and 51.4 with it.
+    """
+    return "evict_first" if values >= LARGE_INPUT else None
+
 
 def iota(size: int, axis: int) -> jax.Array:
     """0..size-1 along one of the four axes of a kernel's values, the others of size 1."""

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.activations import Layout, QuantizedActivations
-from pallas_kernels.quantize_activations.triton_output import RUN, QuantizedOutput, iota
+from pallas_kernels.quantize_activations.triton_output import RUN, QuantizedOutput, eviction_policy, iota
 from pallas_kernels.triton_common import next_power_of_2, refuses_triton
 
 MAX_FEATURES = 2**16
@@ -62,9 +62,11 @@ def _rms_norm_quantize_kernel(
     column = group * output.group_size + output.channels
     valid = group < output.num_groups
     place = token * output.features + column
-    total = plgpu.load(in_refs["x"].at[place], mask=valid, other=0).astype(jnp.float32)
+    policy = eviction_policy(output.tokens * output.features)
+    load = functools.partial(plgpu.load, mask=valid, other=0, eviction_policy=policy)
+    total = load(in_refs["x"].at[place]).astype(jnp.float32)
     if "residual" in in_refs:
-        total = total + plgpu.load(in_refs["residual"].at[place], mask=valid, other=0).astype(jnp.float32)
+        total = total + load(in_refs["residual"].at[place]).astype(jnp.float32)
         plgpu.store(out_refs["total"].at[place], total.astype(out_refs["total"].dtype), mask=valid)
     norm_weight = plgpu.load(in_refs["norm_weight"].at[column], mask=valid, other=0).astype(jnp.float32)
     mean_square = jnp.sum(total * total) / output.features
