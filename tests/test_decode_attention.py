@@ -225,3 +225,26 @@ def test_says_what_does_not_fit():
     if jax.default_backend() != "gpu":
         with pytest.raises(NotImplementedError, match="GPU"):
             decode_attention(qkv, cos, sin, positions, cache, implementation="triton")
+
+
+@pytest.mark.parametrize(
+    ("batch", "max_length", "position_bytes", "expected"),
+    [
+        (1, 128, 512, (2, 2)),
+        (1, 512, 512, (8, 2)),
+        (1, 4096, 512, (16, 3)),
+        (1, 32768, 512, (16, 4)),
+        (1, 32768, 1024, (16, 2)),  # float32: two blocks of 64 KB
+        (16, 512, 512, (1, 3)),
+        (64, 512, 512, (1, 2)),
+        (64, 4096, 256, (1, 4)),
+        (256, 512, 512, (1, 2)),
+    ],
+)
+def test_the_rule_gives_what_measured_fastest(batch, max_length, position_bytes, expected, monkeypatch):
+    monkeypatch.setattr(pallas_triton.registry, "compute_capability", lambda: (9, 0))
+    config = pallas_triton.default_config(batch, 8, max_length, position_bytes)
+    assert (config.splits, config.num_stages) == expected
+    monkeypatch.setattr(pallas_triton.registry, "compute_capability", lambda: (8, 9))
+    config = pallas_triton.default_config(batch, 8, max_length, position_bytes)
+    assert config.num_stages * config.block * position_bytes <= 96 << 10
