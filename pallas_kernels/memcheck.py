@@ -30,7 +30,7 @@ from pallas_kernels.kv_cache import LayerCache
 from pallas_kernels.mixed_matmul import pallas_mosaic_gpu, pallas_triton, unsigned_operands
 from pallas_kernels.mixed_matmul.configs import Config, MosaicConfig
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MosaicGpuConfig
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_config import MosaicGpuSplitConfig
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_config import MosaicGpuQuantizeConfig, MosaicGpuSplitConfig
 from pallas_kernels.mixed_matmul.triton_few_tokens import FewTokensConfig
 from pallas_kernels.mixed_matmul.triton_many_tokens import ManyTokensConfig
 from pallas_kernels.packing import PackedWeight, with_aligned_rows, with_code_sums
@@ -67,6 +67,9 @@ MOSAIC_CONFIGS: tuple[MosaicConfig | None, ...] = (
     MosaicGpuSplitConfig(48, 2, 2, 4, 1),
 )
 """Settings of the Hopper matmuls: signed operands, unsigned ones, and split input channels."""
+
+QUANTIZE_CONFIG = MosaicGpuQuantizeConfig(8, 2, 1, 8, 2)
+"""Settings of the Hopper matmul that quantises its activations, of at most 8 tokens."""
 
 ATTENTION_SIZES = (
     (1, 3, 2, 64, 77, 32, "bfloat16"),
@@ -114,6 +117,9 @@ def hopper_matmul_jobs() -> Iterator[Job]:
             kernel = functools.partial(pallas_mosaic_gpu.mixed_matmul, config=config)
             yield functools.partial(kernel, out_dtype=jnp.float32), (activations, weight, bias)
             yield functools.partial(kernel, out_dtype=jnp.bfloat16), (activations, weight, None)
+        if x.shape[0] <= QUANTIZE_CONFIG.tile_tokens:
+            kernel = functools.partial(pallas_mosaic_gpu.quantized_linear, config=QUANTIZE_CONFIG)
+            yield functools.partial(kernel, out_dtype=jnp.float32), (x, weight, bias)
 
 
 def _linears() -> Iterator[tuple[jax.Array, PackedWeight, jax.Array]]:

@@ -74,11 +74,15 @@ _UP_TO_32_TOKENS = (
 MATMULS: dict[str, Callable[..., jax.Array]] = {
     "triton": pallas_triton.mixed_matmul,
     "mosaic_gpu": pallas_mosaic_gpu.mixed_matmul,
+    configs.QUANTIZING: pallas_mosaic_gpu.quantized_linear,
 }
 
 
 def candidates(implementation: str, tokens: int) -> Iterator[configs.Config | configs.MosaicConfig]:
     """The configurations to try for a number of tokens."""
+    if implementation == configs.QUANTIZING:
+        yield from pallas_mosaic_gpu_split_config.quantizing_candidates(tokens)
+        return
     if implementation == "mosaic_gpu":
         yield from pallas_mosaic_gpu_config.candidates(tokens)
         yield from pallas_mosaic_gpu_split_config.candidates(tokens)
@@ -120,7 +124,10 @@ def tune(case: Case, shown: int, timing: contextlib.AbstractContextManager[Any])
     layouts = [_layout(case, first, config) for config in todo]
     # Each candidate gets the layout that it wants: quantising costs the same for either, a pass from one to the other
     # would not.
-    activations = {layout: quantize_activations(x, case.group_size, layout=layout) for layout in set(layouts)}
+    activations = {
+        layout: x if layout is None else quantize_activations(x, case.group_size, layout=layout)
+        for layout in set(layouts)
+    }
     functions = [
         _compile(MATMULS[case.implementation], activations[layout], first, config)
         for layout, config in zip(layouts, todo, strict=True)
@@ -141,8 +148,10 @@ def tune(case: Case, shown: int, timing: contextlib.AbstractContextManager[Any])
     return [configs.Entry(*settings, config, round(us, 2)) for us, config in rows[:1]], f"{case}{''.join(lines)}"
 
 
-def _layout(case: Case, weight: PackedWeight, config: configs.Config | configs.MosaicConfig) -> Layout:
-    """Of the activations that a configuration wants."""
+def _layout(case: Case, weight: PackedWeight, config: configs.Config | configs.MosaicConfig) -> Layout | None:
+    """Of the activations that a configuration wants; None where it quantises them itself."""
+    if case.implementation == configs.QUANTIZING:
+        return None
     if isinstance(config, configs.MosaicConfig):
         return pallas_mosaic_gpu.activation_layout(case.tokens, weight, config)
     return "signed"

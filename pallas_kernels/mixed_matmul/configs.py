@@ -20,7 +20,7 @@ from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import (
     MosaicGpuConfig,
     halved_tiles,
 )
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_config import MosaicGpuSplitConfig
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_config import MosaicGpuQuantizeConfig, MosaicGpuSplitConfig
 from pallas_kernels.mixed_matmul.triton_few_tokens import FewTokensConfig
 from pallas_kernels.mixed_matmul.triton_many_tokens import ManyTokensConfig
 from pallas_kernels.mixed_matmul.triton_tiles import Problem
@@ -33,6 +33,12 @@ Config = FewTokensConfig | ManyTokensConfig
 MosaicConfig = MosaicGpuConfig | MosaicGpuSplitConfig
 """Settings of a Mosaic GPU kernel."""
 
+QUANTIZING = "mosaic_gpu_quantize"
+"""What entries of the kernel that quantises its activations itself are for."""
+
+QUANTIZE_MICROSECONDS = 1.3
+"""Of the launch that quantises few tokens."""
+
 WARPS_OF_FEW_TOKENS = 16
 """Warps of the Triton kernel for few tokens that the registers of a multiprocessor hold at once."""
 
@@ -40,6 +46,7 @@ _KERNELS: dict[str, type[Any]] = {
     "few_tokens": FewTokensConfig,
     "many_tokens": ManyTokensConfig,
     "mosaic_gpu": MosaicGpuConfig,
+    "mosaic_gpu_quantize": MosaicGpuQuantizeConfig,  # before the class that it extends
     "mosaic_gpu_split": MosaicGpuSplitConfig,
 }
 
@@ -79,7 +86,9 @@ class Entry:
 
     @property
     def implementation(self) -> str:
-        """Name in the registry of the implementation that the configuration is for."""
+        """Name in the registry of the implementation that the configuration is for, or `QUANTIZING`."""
+        if isinstance(self.config, MosaicGpuQuantizeConfig):
+            return QUANTIZING
         return "mosaic_gpu" if isinstance(self.config, MosaicConfig) else "triton"
 
     def to_json(self) -> dict[str, Any]:
@@ -152,6 +161,17 @@ def by_speed(problem: Problem, device_kind: str) -> tuple[str, str]:
     return ("mosaic_gpu", "triton") if mosaic_first else ("triton", "mosaic_gpu")
 
 
+def quantizing(problem: Problem, device_kind: str) -> MosaicGpuQuantizeConfig | None:
+    """Settings of the kernel that quantises its activations, or None where a launch before the matmul is faster."""
+    best = _best(problem, device_kind, QUANTIZING)
+    config = None if best is None else best.entry.config
+    if best is None or not isinstance(config, MosaicGpuQuantizeConfig) or problem.tokens > config.tile_tokens:
+        return None
+    matmuls = [_best(problem, device_kind, name) for name in ("mosaic_gpu", "triton")]
+    others = [estimate.microseconds + QUANTIZE_MICROSECONDS for estimate in matmuls if estimate is not None]
+    return config if best.microseconds < min(others, default=math.inf) else None
+
+
 class _Estimate(NamedTuple):
     """What an entry's configuration should take for another problem."""
 
@@ -201,7 +221,13 @@ def _estimate(problem: Problem, entry: Entry) -> float:
     own = entry.problem
     computing = waves(entry.config, problem) * problem.num_groups / (waves(entry.config, own) * own.num_groups)
     reading = _weight_reads(entry.config, problem) / _weight_reads(entry.config, own)
-    return RAMP + (entry.microseconds - RAMP) * max(computing, reading)
+    longer_before = max(0.0, _microseconds_before(entry.config, problem) - _microseconds_before(entry.config, own))
+    return RAMP + longer_before + (entry.microseconds - RAMP) * max(computing, reading)
+
+
+def _microseconds_before(config: Config | MosaicConfig, problem: Problem) -> float:
+    """What comes before the matmul and is not part of it: quantising, longer than the first weights take to arrive."""
+    return config.quantizing_microseconds(problem) if isinstance(config, MosaicGpuQuantizeConfig) else 0.0
 
 
 def waves(config: Config | MosaicConfig, problem: Problem) -> float:

@@ -11,7 +11,7 @@ from pallas_kernels import registry
 from pallas_kernels.activations import Layout, QuantizedActivations
 from pallas_kernels.mixed_matmul import configs, unsigned_operands
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MULTIPROCESSORS, MosaicGpuConfig
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_config import MosaicGpuSplitConfig
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_config import MosaicGpuQuantizeConfig, MosaicGpuSplitConfig
 from pallas_kernels.mixed_matmul.triton_tiles import Problem
 from pallas_kernels.packing import GROUP_SIZES, PackedWeight, has_aligned_rows
 
@@ -43,6 +43,29 @@ def mixed_matmul(
     if isinstance(config, MosaicGpuSplitConfig):
         return pallas_mosaic_gpu_split.launch(*arguments, config, _multiprocessors())
     return pallas_mosaic_gpu_kernel.launch(*arguments, config, _multiprocessors())
+
+
+def quantized_linear(
+    x: jax.Array,
+    weight: PackedWeight,
+    bias: jax.Array | None,
+    *,
+    out_dtype: jax.typing.DTypeLike,
+    config: MosaicGpuQuantizeConfig | None = None,
+) -> jax.Array:
+    """`mixed_matmul` of float `[tokens, in_features]` in one launch, for few tokens; `config` overrides the table."""
+    from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_split  # imports slowly, and not everywhere
+
+    config = config or quantizing_config(x.shape[0], weight)
+    assert config is not None  # or the caller would have quantised x
+    return pallas_mosaic_gpu_split.launch(x, weight, bias, jnp.dtype(out_dtype), config, _multiprocessors())
+
+
+def quantizing_config(tokens: int, weight: PackedWeight) -> MosaicGpuQuantizeConfig | None:
+    """Settings to quantise activations in the matmul itself, or None where that is slower or does not fit."""
+    problem = Problem(tokens, weight.in_features, weight.group_size, weight.n4, weight.n8)
+    config = configs.quantizing(problem, registry.device_kind())
+    return config if config is not None and config.fits(problem, _multiprocessors()) else None
 
 
 def config_for(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,35 +23,51 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.activations import QuantizedActivations
 from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_ring as ring
+from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_split_input as split_input
 from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_split_output as output
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import Emitted, Index, Ref
+from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_split_quantize as quantize
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import Emitted, Index, Ref, Slice, swizzled
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import CHANNELS_PER_WARPGROUP
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_config import MosaicGpuSplitConfig
-from pallas_kernels.mixed_matmul.triton_tiles import problem_of
+from pallas_kernels.mixed_matmul.triton_tiles import Problem
 from pallas_kernels.packing import PackedWeight
+
+THREADS = 128
+"""Of a warpgroup."""
 
 LOADER_REGISTERS = 24
 """Of a loading thread."""
 
 
 def launch(
-    activations: QuantizedActivations,
+    activations: QuantizedActivations | jax.Array,
     weight: PackedWeight,
     bias: jax.Array | None,
     out_dtype: jnp.dtype,
     config: MosaicGpuSplitConfig,
     multiprocessors: int,
 ) -> jax.Array:
-    """Quantised linear layer `[tokens, out_features]`; see `pallas_kernels.mixed_matmul.api.mixed_matmul`."""
-    config = config.fitted(problem_of(activations, weight))
-    kernel = _Kernel(activations.tokens, weight.n4, weight.n8, weight.num_groups, weight.group_size, config)
-    operands = kernel.operands(activations, weight)
+    """Quantised linear layer `[tokens, out_features]`; see `pallas_kernels.mixed_matmul.api.mixed_matmul`.
+
+    Float activations `[tokens, in_features]`, not more tokens than a tile has, are quantised in the same launch.
+    """
+    quantizes = not isinstance(activations, QuantizedActivations)
+    tokens = activations.tokens if isinstance(activations, QuantizedActivations) else activations.shape[0]
+    problem = Problem(tokens, weight.in_features, weight.group_size, weight.n4, weight.n8)
+    config = config.fitted(problem, quantizes=quantizes, multiprocessors=multiprocessors)
+    sets = config.sets_of_sums(problem, multiprocessors)
+    kernel = _Kernel(tokens, weight.n4, weight.n8, weight.num_groups, weight.group_size, config, sets, quantizes)
+    if isinstance(activations, QuantizedActivations):
+        operands = kernel.operands(activations, weight)
+    else:
+        operands = kernel.operands(QuantizedActivations(activations, activations, weight.group_size), weight)
+        del operands["token_scales"]
     operands["order"] = weight.channel_order
     if bias is not None:
         operands["bias"] = bias.astype(jnp.float32)
     run = plgpu.kernel(
         functools.partial(kernel.body, tuple(operands)),
-        out_type=jax.ShapeDtypeStruct((activations.tokens, weight.out_features), out_dtype),
+        out_type=jax.ShapeDtypeStruct((tokens, weight.out_features), out_dtype),
         scratch_types=kernel.scratch(),
         grid=(min(multiprocessors // config.cluster, kernel.num_tiles),),
         grid_names=("cluster",),
@@ -73,7 +90,7 @@ def registers_of_a_computing_thread(warpgroups: int) -> int:
     Asking for more would wait forever: they come from the block's own, which are the same number for each thread, a
     multiple of 8, and not all of the multiprocessor's.
     """
-    at_launch = min(248, 65536 // (128 * (warpgroups + 1)) // 8 * 8)
+    at_launch = min(248, 65536 // (THREADS * (warpgroups + 1)) // 8 * 8)
     return min(240, ((warpgroups + 1) * at_launch - LOADER_REGISTERS) // warpgroups // 8 * 8)
 
 
@@ -94,9 +111,13 @@ class _Kernel(ring.RingKernel):
 
     Attributes:
         config: Settings that were fitted to the problem.
+        sets_of_sums: Tiles whose sums have room at the same time.
+        quantizes: The activations are float, and quantised by each block.
     """
 
     config: MosaicGpuSplitConfig
+    sets_of_sums: int
+    quantizes: bool
 
     @property
     def tile_tokens(self) -> int:
@@ -118,30 +139,44 @@ class _Kernel(ring.RingKernel):
         """Runs of groups of a tile in one block."""
         return self.num_groups // (self.config.cluster * self.config.run)
 
+    @property
+    def loaders(self) -> int:
+        """Warps that load stages in turn. A slot is always the same one's, or it could not tell a slot's uses apart."""
+        return math.gcd(split_input.WARPS, self.config.stages)
+
     def first_slot(self, run: Index) -> Index:
         """First ring slot of a run, counted over all tiles of the block."""
         runs = self.config.stages // self.config.run
         return 0 if runs == 1 else lax.rem(run, runs) * self.config.run
 
+    def uses(self, run: Index) -> Index:
+        """Times that the slots of a run were used before."""
+        return lax.div(run, self.config.stages // self.config.run)
+
     def scratch(self) -> dict[str, Any]:
         """Shared memory: the ring's stages and their barriers, and room for the sums of the other warpgroups."""
         c = self.config
         rings = self.rings(readers=1) | self.code_rings()
+        del rings["full"], rings["empty"]
+        if self.quantizes:
+            groups, size = self.num_groups // c.cluster, self.group_size
+            shape = (groups, c.tile_tokens, size)
+            rings["activation_ring"] = plgpu.SMEM(shape, jnp.int8, transforms=swizzled(size))
+            rings["token_scale_ring"] = plgpu.SMEM((groups * c.tile_tokens,), jnp.float32)
+        rings["barriers"] = split_input.barriers(c.stages)
+        rings["columns"] = plgpu.SMEM((2 * THREADS,), jnp.int32)
         if c.splits > 1:
-            # Two sets: one is read while the next tile's sums arrive in the other.
-            rings["sums"] = plgpu.SMEM((2 * (c.splits - 1) * CHANNELS_PER_WARPGROUP * c.tile_tokens,), jnp.float32)
-            if c.cluster > 1:
-                rings["summed"] = plgpu.ClusterBarrier(collective_axes=("split",), num_arrivals=c.warpgroups)
-            else:
-                rings["summed"] = plgpu.Barrier(num_arrivals=c.warpgroups)
+            sums = self.sets_of_sums * (c.splits - 1) * CHANNELS_PER_WARPGROUP * c.tile_tokens
+            rings["sums"] = plgpu.SMEM((sums,), jnp.float32)
         return rings
 
     def body(self, names: tuple[str, ...], *refs: Ref, **scratch: Any) -> None:
-        """The kernel: the first warpgroups compute, one warp of the last one loads."""
+        """The kernel: the first warpgroups compute, those of the last one loads."""
         inputs, out = dict(zip(names, refs[:-1], strict=True)), refs[-1]
         warpgroup, cluster = lax.axis_index("warpgroup"), lax.axis_index("cluster")
         split, clusters = lax.axis_index("split"), lax.axis_size("cluster")
         c = self.config
+        split_input.start_barriers(scratch["barriers"], c.stages, c.warpgroups, c.cluster)
         compute_registers = registers_of_a_computing_thread(c.warpgroups)
 
         @pl.when(warpgroup == c.warpgroups)
@@ -150,13 +185,25 @@ class _Kernel(ring.RingKernel):
 
             @plgpu.warp_map
             def _warps(warp: Index) -> None:
-                @pl.when(warp == 0)
-                def _first_warp() -> None:
-                    self.for_each_tile(cluster, clusters, functools.partial(self.load_tile, inputs, scratch, split))
+                @pl.when(warp < self.loaders)
+                def _load() -> None:
+                    load_tile = functools.partial(self.load_tile, inputs, scratch, split, warp)
+                    self.for_each_tile(cluster, clusters, load_tile)
+
+            if c.cluster > 1:
+                split_input.wait_for_cluster()
 
         @pl.when(warpgroup < c.warpgroups)
         def _compute() -> None:
             plgpu.set_max_registers(compute_registers, action="increase")
+            if c.cluster > 1:
+                split_input.wait_for_cluster()
+            if self.quantizes:
+                first_group = split * (self.num_groups // c.cluster)
+                rings = scratch["activation_ring"], scratch["token_scale_ring"]
+                quantize.quantize(inputs["codes"], *rings, first_group, threads=THREADS * c.warpgroups)
+                split_input.release(scratch["barriers"], 2 * c.stages + 1)
+                split_input.wait(scratch["barriers"], 2 * c.stages + 1, 0)
             self.for_each_tile(
                 cluster, clusters, functools.partial(self.compute_tile, inputs, out, scratch, warpgroup, split)
             )
@@ -181,23 +228,59 @@ class _Kernel(ring.RingKernel):
 
         lax.fori_loop(0, lax.div(self.num_tiles - 1 - cluster, clusters) + 1, one, None)
 
-    def load_tile(self, inputs: dict[str, Ref], scratch: dict[str, Any], split: Index, tile: _Tile) -> None:
-        """Copy this block's share of the groups of a tile into the ring, each as soon as its slot is empty."""
-        c = self.config
+    def load_tile(
+        self, inputs: dict[str, Ref], scratch: dict[str, Any], split: Index, warp: Index, tile: _Tile
+    ) -> None:
+        """Copy the warp's part of this block's groups of a tile into the ring, each as soon as its slot is empty."""
+        c, groups, loaders = self.config, self.runs * self.config.run, self.loaders
+        first_stage = tile.index * groups
+        first = lax.rem(warp + loaders - lax.rem(first_stage, loaders), loaders)
 
-        def load_run(index: Index, _: None) -> None:
-            run = tile.index * self.runs + index
-            first_slot = self.first_slot(run)
-            for offset in range(c.run):
+        def load(index: Index, _: None) -> None:
+            group = first + index * loaders
+            slot, uses = lax.rem(first_stage + group, c.stages), lax.div(first_stage + group, c.stages)
 
-                @pl.when(run * c.run + offset >= c.stages)
-                def _wait(offset: int = offset) -> None:
-                    plgpu.barrier_wait(scratch["empty"].at[first_slot + offset])
+            @pl.when(uses > 0)
+            def _wait() -> None:
+                split_input.wait(scratch["barriers"], c.stages + slot, uses - 1)
 
-                group = (split * self.runs + index) * c.run + offset
-                self.load_group(inputs, scratch, tile, group, first_slot + offset)
+            self.load_group(inputs, scratch, tile, split * groups + group, slot)
 
-        lax.fori_loop(0, self.runs, load_run, None)
+        lax.fori_loop(0, lax.div(groups - first + loaders - 1, loaders), load, None)
+
+    def load_group(
+        self, inputs: dict[str, Ref], scratch: dict[str, Any], tile: ring.Tile, group: Index, slot: Index
+    ) -> None:
+        size, bits, Copy = self.group_size, "8" if tile.is8 else "4", split_input.Copy
+        row_bytes = size if tile.is8 else size // 2
+
+        def slices(of: Slice, name: str, ring: str, first: Index) -> Any:
+            start = group * of.row + first - of.lead(group)
+            return Copy(inputs[name], (start,), (of.copied,), scratch[ring].at[slot, pl.ds(0, of.copied)])
+
+        copies = [
+            Copy(
+                inputs["codes" + bits],
+                (group, tile.first_row, 0),
+                (None, self.tile_channels, row_bytes),
+                self.code_slot(scratch, tile.is8, slot),
+                swizzled(row_bytes),
+            ),
+            slices(self.channel_scales(tile.is8), "scales" + bits, "channel_scale_ring", tile.first_row),
+        ]
+        if not self.quantizes:
+            activations = Copy(
+                inputs["codes"],
+                (tile.first_token, group * size),
+                (self.tile_tokens, size),
+                scratch["activation_ring"].at[slot],
+                swizzled(size),
+            )
+            copies.append(activations)
+            copies.append(slices(self.token_scales, "token_scales", "token_scale_ring", tile.first_token))
+        if not tile.is8:
+            copies.append(slices(self.zero_points, "zero_points4", "zero_point_ring", tile.first_row))
+        split_input.start_copies(scratch["barriers"], slot, copies)
 
     def compute_tile(
         self,
@@ -210,17 +293,26 @@ class _Kernel(ring.RingKernel):
     ) -> None:
         """Compute the warpgroup's runs of a tile, add them up with those of the others, and store the sum."""
         c, is8 = self.config, tile.is8
-        emit = Emitted(self.group_size, c.tile_tokens, even_tokens=self.tokens % 2 == 0)
+        emit = Emitted(self.group_size, c.tile_tokens, even_tokens=self.tokens % 2 == 0 or self.quantizes)
 
-        def wait_and_load(group: Index, slot: Index) -> Any:
-            plgpu.barrier_wait(scratch["full"].at[slot])
+        def wait_and_load(group: Index, slot: Index, uses: Index) -> Any:
+            split_input.wait(scratch["barriers"], slot, uses)
             codes = self.code_slot(scratch, is8, slot)
             if is8:
                 return emit.load_codes8(codes)
             return emit.load_codes4(codes, scratch["zero_point_ring"].at[slot], self.zero_points.lead(group))
 
-        def start(codes: Any, slot: Index) -> Any:
-            return emit.start_dot(emit.magic_accumulator(), codes, scratch["activation_ring"].at[slot])
+        def place(group: Index, slot: Index) -> Index:
+            """Where the activations of a group are."""
+            return group - split * (self.num_groups // c.cluster) if self.quantizes else slot
+
+        def start(codes: Any, group: Index, slot: Index) -> Any:
+            return emit.start_dot(emit.magic_accumulator(), codes, scratch["activation_ring"].at[place(group, slot)])
+
+        def token_scales(group: Index, slot: Index) -> tuple[Ref, Index]:
+            if self.quantizes:
+                return scratch["token_scale_ring"], place(group, slot) * c.tile_tokens
+            return scratch["token_scale_ring"].at[slot], self.token_scales.lead(group)
 
         def finish(accumulator: Any, codes: Any, total: Any, group: Index, slot: Index) -> Any:
             return emit.finish_dot(
@@ -230,8 +322,7 @@ class _Kernel(ring.RingKernel):
                 total,
                 scratch["channel_scale_ring"].at[slot],
                 self.channel_scales(is8).lead(group),
-                scratch["token_scale_ring"].at[slot],
-                self.token_scales.lead(group),
+                *token_scales(group, slot),
             )
 
         # The runs of all tiles go to the warpgroups in turn, so that a ring slot is always the same warpgroup's.
@@ -242,43 +333,48 @@ class _Kernel(ring.RingKernel):
             run = first + index * c.warpgroups
             first_slot = self.first_slot(first_run + run)
             first_group = (split * self.runs + run) * c.run
-            codes = wait_and_load(first_group, first_slot)
-            accumulator = start(codes, first_slot)
+            uses = self.uses(first_run + run)
+            codes = wait_and_load(first_group, first_slot, uses)
+            accumulator = start(codes, first_group, first_slot)
             for offset in range(c.run):
                 group, slot = first_group + offset, first_slot + offset
                 is_last = offset == c.run - 1
-                next_codes = codes if is_last else wait_and_load(group + 1, slot + 1)
+                next_codes = codes if is_last else wait_and_load(group + 1, slot + 1, uses)
                 total = finish(accumulator, codes, total, group, slot)
-                plgpu.barrier_arrive(scratch["empty"].at[slot])
+                split_input.release(scratch["barriers"], c.stages + slot)
                 if not is_last:
-                    accumulator = start(next_codes, slot + 1)
+                    accumulator = start(next_codes, group + 1, slot + 1)
                 codes = next_codes
             return total
 
-        # Read now, since it takes a while to arrive: the output channels of the tile, and their biases.
         rows = self.n8 if is8 else self.n4
-        order_start = self.n4 if is8 else 0
-        columns = output.load_columns(inputs["order"], tile.first_row, rows, order_start)
+        which = split * c.warpgroups + warpgroup
+
+        @pl.when(which == 0)
+        def _fetch_columns() -> None:
+            order_start = self.n4 if is8 else 0
+            output.fetch_columns(inputs["order"], scratch["columns"], tile.first_row, rows, order_start)
 
         runs = lax.div(self.runs - first + c.warpgroups - 1, c.warpgroups)
         total = lax.fori_loop(0, runs, add_run, emit.zero_total())
 
         def store(total: Any) -> None:
-            output.store_tile(total, columns, tile.first_row, tile.first_token, rows, inputs.get("bias"), out)
+            output.store_tile(
+                total, scratch["columns"], tile.first_row, tile.first_token, rows, inputs.get("bias"), out
+            )
 
         if c.splits == 1:
             store(total)
             return
-        which = split * c.warpgroups + warpgroup
         size = CHANNELS_PER_WARPGROUP * c.tile_tokens
-        base = lax.rem(tile.index, 2) * ((c.splits - 1) * size)
+        base = lax.rem(tile.index, self.sets_of_sums) * ((c.splits - 1) * size)
 
         @pl.when(which > 0)
         def _push() -> None:
             output.push_sums(total, scratch["sums"], base + (which - 1) * size, remote=c.cluster > 1)
 
-        plgpu.barrier_arrive(scratch["summed"])
-        plgpu.barrier_wait(scratch["summed"])
+        split_input.announce_sums(scratch["barriers"], 2 * c.stages, c.cluster)
+        split_input.wait_for_sums(scratch["barriers"], 2 * c.stages, tile.index)
 
         @pl.when(which == 0)
         def _add() -> None:

@@ -23,9 +23,6 @@ from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import ACCUMULATOR, SCA
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import CHANNELS_PER_WARPGROUP
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_registers import element, i32_constant, lane_position
 
-_ROWS = plgpu.Layout.WGMMA.reduce(1)
-"""Of one value for each channel of a fragment."""
-
 
 def push_sums(total: Any, sums: Ref, first: Index, *, remote: bool) -> None:
     """Store a tile's float32 sums at `sums[first:]`, in the shared memory of the cluster's first block if `remote`."""
@@ -37,9 +34,6 @@ def push_sums(total: Any, sums: Ref, first: Index, *, remote: bool) -> None:
             asm = "mapa.shared::cluster.u32 a, $0, 0; st.shared::cluster.v4.f32 [a], {$1, $2, $3, $4};"
         for address, values in zip(_addresses(sums, first, total), _fours(_elements(total)), strict=True):
             _asm(f"{{ .reg .b32 a; {asm} }}", "r,f,f,f,f", [address, *values])
-        if remote:  # one thread will announce the sums of all
-            _asm("fence.acq_rel.cluster;", "", [])
-            utils.warpgroup_barrier()
 
     emit(total, sums, first)
 
@@ -51,8 +45,6 @@ def add_sums(total: Any, sums: Ref, firsts: list[Index], *, remote: bool) -> Any
 
     @plgpu.inline_mgpu(arg_types=(ACCUMULATOR, plgpu.RefType(), *[SCALAR] * len(firsts)), return_type=total_type)
     def emit(ctx: Any, total: fa.FragmentedArray, sums: ir.Value, *firsts: fa.FragmentedArray) -> fa.FragmentedArray:
-        if remote:
-            _asm("fence.acq_rel.cluster;", "", [])
         f32 = ir.F32Type.get()
         four_floats = llvm.StructType.get_literal([f32] * 4)
         values = _elements(total)
@@ -70,55 +62,57 @@ def add_sums(total: Any, sums: Ref, firsts: list[Index], *, remote: bool) -> Any
     return emit(total, sums, *firsts)
 
 
-def load_columns(order: Ref, first_row: Index, rows: int, order_start: int) -> Any:
-    """Output channels of a tile's rows, int32 `[64]`; past the end, the last one.
+def fetch_columns(order: Ref, columns: Ref, first_row: Index, rows: int, order_start: int) -> None:
+    """Start to fetch the output channels that a thread will want when it stores the tile; past the end, the last one.
+
+    The copies end while the tile is computed. As a load to registers, whatever the compiler makes of the channels ahead
+    of time would wait for it before the first group.
 
     Args:
         order: int32 `[out_features]`, the output channel of each packed row.
+        columns: int32 `[256]` in shared memory, two for each thread of the block's first warpgroup, which stores.
         first_row: Row of the tile among those of its bit width.
         rows: Rows of this bit width.
         order_start: Where they start in `order`.
     """
-    columns_type = plgpu.ShapeDtypeStruct((CHANNELS_PER_WARPGROUP,), jnp.int32, _ROWS)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR), return_type=columns_type)
-    def emit(ctx: Any, order: ir.Value, first_row: fa.FragmentedArray) -> fa.FragmentedArray:
-        columns = fa.FragmentedArray.splat(
-            i32_constant(0), (CHANNELS_PER_WARPGROUP,), fa.WGMMA_ROW_LAYOUT, is_signed=True
-        )
-        registers = columns.registers.copy()
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), SCALAR))
+    def emit(ctx: Any, order: ir.Value, columns: ir.Value, first_row: fa.FragmentedArray) -> None:
+        i32 = ir.IntegerType.get_signless(32)
+        source = llvm.addrspacecast(llvm.PointerType.get(address_space=1), utils.memref_ptr(order))
         for half in range(2):
-            row = arith.minsi(_row(first_row, half), i32_constant(rows - 1))
-            pointer = utils.getelementptr(
-                utils.memref_ptr(order), [arith.addi(row, i32_constant(order_start))], row.type
+            row = arith.addi(arith.minsi(_row(first_row, half), i32_constant(rows - 1)), i32_constant(order_start))
+            _asm(
+                "cp.async.ca.shared.global [$0], [$1], 4;",
+                "r,l",
+                [_own_column(columns, half), utils.getelementptr(source, [row], i32)],
             )
-            registers.flat[half] = vector.broadcast(registers.flat[half].type, llvm.load(row.type, pointer))
-        return fa.FragmentedArray(_registers=registers, _layout=columns.layout, _is_signed=True)
 
-    return emit(order, first_row)
+    emit(order, columns, first_row)
 
 
 def store_tile(
-    total: Any, columns: Any, first_row: Index, first_token: Index, rows: int, bias: Ref | None, out: Ref
+    total: Any, columns: Ref, first_row: Index, first_token: Index, rows: int, bias: Ref | None, out: Ref
 ) -> None:
-    """Store a finished tile in `out [tokens, out_features]`, its rows at `columns`; `bias` is float32 `[out_features]`.
+    """Store a finished tile in `out [tokens, out_features]`, its rows at the fetched `columns`.
 
     Straight from the registers, two or four bytes at a time: a tile with few tokens is little to store.
     """
     refs = [out] if bias is None else [out, bias]
 
-    @plgpu.inline_mgpu(arg_types=(ACCUMULATOR, _ROWS, SCALAR, SCALAR, *[plgpu.RefType()] * len(refs)))
+    @plgpu.inline_mgpu(arg_types=(ACCUMULATOR, plgpu.RefType(), SCALAR, SCALAR, *[plgpu.RefType()] * len(refs)))
     def emit(ctx: Any, total: Any, columns: Any, first_row: Any, first_token: Any, out: Any, *bias: Any) -> None:
-        i64, f32 = ir.IntegerType.get_signless(64), ir.F32Type.get()
+        i32, i64, f32 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64), ir.F32Type.get()
         num_tokens, out_features = ir.MemRefType(out.type).shape
         dtype = ir.MemRefType(out.type).element_type
         bits = ir.IntegerType.get_signless(32 if dtype == f32 else 16)
         values = _elements(total)
         first_token = arith.addi(first_token.registers.item(), lane_position()[1])
         start = llvm.addrspacecast(llvm.PointerType.get(address_space=1), utils.memref_ptr(out))
+        _asm("cp.async.wait_all;", "", [])
         for half in range(2):
             has_row = arith.cmpi(arith.CmpIPredicate.slt, _row(first_row, half), i32_constant(rows))
-            column = element(columns.registers.flat[half])
+            column = _asm("ld.shared.b32 $0, [$1];", "=r,r", [_own_column(columns, half)], i32)
             added = [llvm.load(f32, utils.getelementptr(utils.memref_ptr(ref), [column], f32)) for ref in bias]
             column_start = utils.getelementptr(start, [arith.extsi(i64, column)], dtype)
             for block, lane in itertools.product(range(len(values) // 4), range(2)):
@@ -167,3 +161,10 @@ def _addresses(sums: ir.Value, first: fa.FragmentedArray, total: fa.FragmentedAr
     address = llvm.ptrtoint(ir.IntegerType.get_signless(32), pointer)
     blocks = total.registers.size // 4
     return [arith.addi(address, i32_constant(16 * utils.WARPGROUP_SIZE * block)) for block in range(blocks)]
+
+
+def _own_column(columns: ir.Value, half: int) -> ir.Value:
+    """Where in shared memory the output channel of one of the thread's two channels is."""
+    place = arith.addi(arith.muli(utils.thread_idx(), i32_constant(2)), i32_constant(half))
+    pointer = utils.getelementptr(utils.memref_ptr(columns), [place], ir.IntegerType.get_signless(32))
+    return llvm.ptrtoint(ir.IntegerType.get_signless(32), pointer)
