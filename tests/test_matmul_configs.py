@@ -52,6 +52,24 @@ def test_tiles_that_leave_multiprocessors_idle_are_not_taken(table):
     assert configs.choose(problem(512, 8448, 4096), "any", "mosaic_gpu") is WIDE
 
 
+def test_half_tiles_of_a_last_wave_take_less_than_a_wave():
+    unsigned = MosaicGpuConfig(128, 2, 4, 4, parts=1, unsigned=True)
+    assert configs.waves(unsigned, problem(512, 6144, 4096)) == pytest.approx(1.6)  # 192 tiles: 60 in the second wave
+    assert configs.waves(WIDE, problem(512, 6144, 4096)) == 2
+    assert configs.waves(unsigned, problem(256, 14336, 4096)) == 2  # 92 tiles in the second wave: too many to halve
+    assert configs.waves(unsigned, problem(256, 4096, 4096)) == 1  # a first wave is not halved
+
+
+def test_tuned_entries_count_for_weights_with_about_as_many_8_bit_channels(table):
+    table(
+        configs.Entry(512, 4096, 4096, 128, 0.1, NARROW, 50.0),
+        configs.Entry(512, 4096, 4096, 128, 1.0, WIDE, 40.0),
+    )
+    for n8 in (410, 416, 512):
+        assert configs.choose(Problem(512, 4096, 128, 4096 - n8, n8), "any", "mosaic_gpu") is NARROW
+    assert configs.choose(problem(512, 4096, 4096, 1.0), "any", "mosaic_gpu") is WIDE
+
+
 def test_the_implementation_with_the_lower_estimate_comes_first(table):
     table(
         configs.Entry(1, 4096, 4096, 128, 0.0, TRITON, 6.0),

@@ -14,12 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_config
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import (
-    HALF_TILE,
-    MULTIPROCESSORS,
-    MosaicGpuConfig,
-    halved_tiles,
-)
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MULTIPROCESSORS, MosaicGpuConfig
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_config import MosaicGpuQuantizeConfig, MosaicGpuSplitConfig
 from pallas_kernels.mixed_matmul.triton_few_tokens import FewTokensConfig
 from pallas_kernels.mixed_matmul.triton_many_tokens import ManyTokensConfig
@@ -240,9 +235,7 @@ def waves(config: Config | MosaicConfig, problem: Problem) -> float:
     if isinstance(config, MosaicGpuConfig):
         channels = math.ceil(problem.n4 / config.tile_channels) + math.ceil(problem.n8 / config.tile_channels)
         tiles = channels * math.ceil(problem.tokens / config.tile_tokens)
-        if config.unsigned and halved_tiles(tiles, config.tile_tokens, MULTIPROCESSORS):
-            return tiles // MULTIPROCESSORS + HALF_TILE
-        return math.ceil(tiles / MULTIPROCESSORS)
+        return pallas_mosaic_gpu_config.waves(tiles, config.tile_tokens, unsigned=config.unsigned)
     if isinstance(config, FewTokensConfig):
         tiles = math.prod((sum(config.tiles(problem)[:2]), config.tiles(problem)[2], config.splits))
         resident = max(1, WARPS_OF_FEW_TOKENS // config.warps)

@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_registers as registers
 from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_store as store
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import CHANNELS_PER_WARPGROUP
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_staging import Destination
 
 Index = Any
 """An int, or a traced int32 scalar."""
@@ -182,15 +183,13 @@ class Emitted:
         @plgpu.inline_mgpu(arg_types=(ACCUMULATOR, SCALAR, SCALAR, *ref_types))
         def emit(ctx: Any, total: Any, first_row: Any, first_token: Any, *refs: Any) -> None:
             shared, columns, out, *bias = refs
-            to = store.Destination(
-                columns,
-                bias[0] if bias else None,
+            to = Destination(
                 out,
                 first_row=first_row.registers.item(),
                 first_token=first_token.registers.item(),
                 rows=rows,
                 tokens=self.tokens,
             )
-            store.store_tile(total, to, shared)
+            store.store_tile(total, to, columns, bias[0] if bias else None, shared)
 
         emit(total, first_row, first_token, *refs)

@@ -92,22 +92,36 @@ _UNSIGNED: dict[str, Any] = {"stages": 4, "unroll": 4, "parts": 1, "unsigned": T
 """The ring of tiles with unsigned operands."""
 
 
+_TILE_TIMES = {64: HALF_TILE, 80: 0.7, 96: 0.8, 112: 0.9, 128: 1.0}
+"""Of tiles of so many tokens with unsigned operands, about, in those of 128 tokens."""
+
+
 def default(problem: Problem) -> MosaicGpuConfig:
     """What the tuned cases have in common: narrow tiles where there are too few to keep all multiprocessors busy."""
 
     def tiles(channels: int, tokens: int) -> int:
         return math.ceil(problem.out_features / channels) * math.ceil(problem.tokens / tokens)
 
+    def time(tile_tokens: int) -> float:
+        return _TILE_TIMES[tile_tokens] * waves(tiles(128, tile_tokens), tile_tokens, unsigned=True)
+
     if problem.tokens <= 64:
         tile_tokens = next(size for size in (8, 16, 32, 64) if problem.tokens <= size)
         if tiles(128, tile_tokens) <= MULTIPROCESSORS:
             return MosaicGpuConfig(tile_tokens, 1, 12 if tile_tokens == 64 else 16, 4, parts=1)
         return MosaicGpuConfig(tile_tokens, 2, 8, 4, parts=1)
-    if problem.tokens >= 512 and tiles(128, 128) > MULTIPROCESSORS * 3 // 4:
-        return MosaicGpuConfig(**_UNSIGNED)
+    if problem.tokens > 256:
+        return MosaicGpuConfig(min(sorted(_TILE_TIMES, reverse=True), key=time), **_UNSIGNED)
     if tiles(128, 128) <= MULTIPROCESSORS * 3 // 4:
         return MosaicGpuConfig(64, 2, 8, 4, parts=1)
     return MosaicGpuConfig()
+
+
+def waves(num_tiles: int, tile_tokens: int, *, unsigned: bool) -> float:
+    """Tiles that a multiprocessor computes one after another, the busiest one."""
+    if unsigned and halved_tiles(num_tiles, tile_tokens, MULTIPROCESSORS):
+        return num_tiles // MULTIPROCESSORS + HALF_TILE
+    return math.ceil(num_tiles / MULTIPROCESSORS)
 
 
 def candidates(tokens: int) -> list[MosaicGpuConfig]:
@@ -120,8 +134,5 @@ def candidates(tokens: int) -> list[MosaicGpuConfig]:
             for warpgroups, stages in ((1, 12 if size == 64 else 16), (2, 8))
         ]
     signed = [MosaicGpuConfig(), MosaicGpuConfig(64, 2, 8, 4, parts=1), MosaicGpuConfig(64, 2, 8, 4)]
-    if tokens <= 128:
-        return signed
-    unsigned = [MosaicGpuConfig(size, **_UNSIGNED) for size in (64, 96, 128)]
-    unsigned += [MosaicGpuConfig(unroll=8, stages=4, parts=1, unsigned=True), MosaicGpuConfig(band=4, **_UNSIGNED)]
-    return [*unsigned, MosaicGpuConfig(128, 1, **_UNSIGNED), *signed]
+    unsigned = [MosaicGpuConfig(size, **_UNSIGNED) for size in _TILE_TIMES]
+    return [*unsigned, *signed, MosaicGpuConfig(128, 1, **_UNSIGNED)]

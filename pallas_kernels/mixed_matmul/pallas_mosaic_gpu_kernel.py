@@ -22,10 +22,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.activations import QuantizedActivations
-from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_ring as ring
-from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_store as store
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import Emitted, Index, Ref
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import CHANNELS_PER_WARPGROUP, MosaicGpuConfig
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_staging import Staging
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_tiles import Tile, TiledKernel
 from pallas_kernels.packing import PackedWeight
 
 COMPUTE_REGISTERS, LOADER_REGISTERS = 240, 24
@@ -74,49 +74,8 @@ def kernel_type(config: MosaicGpuConfig) -> type[Kernel]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tile(ring.Tile):
-    """A tile as the loops see it: which channels and tokens, and where its groups stand in the ring.
-
-    Attributes:
-        tokens: How many it has.
-        first_block: Blocks that the multiprocessor has before it.
-    """
-
-    tokens: int
-    first_block: Index
-
-
-@dataclasses.dataclass(frozen=True)
-class Kernel(ring.RingKernel):
-    """The kernel of one problem.
-
-    Attributes:
-        out_itemsize: Bytes of an output element.
-        config: Settings that were fitted to the number of tokens.
-    """
-
-    out_itemsize: int
-    config: MosaicGpuConfig
-
-    @property
-    def tile_tokens(self) -> int:
-        """Tokens of a tile."""
-        return self.config.tile_tokens
-
-    @property
-    def tile_channels(self) -> int:
-        """Output channels of a tile."""
-        return self.config.tile_channels
-
-    @property
-    def unroll(self) -> int:
-        """Groups of a block."""
-        return max(unroll for unroll in range(1, self.config.unroll + 1) if self.num_groups % unroll == 0)
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks of a tile."""
-        return self.num_groups // self.unroll
+class Kernel(TiledKernel):
+    """The kernel of one problem."""
 
     @property
     def stages(self) -> int:
@@ -129,18 +88,27 @@ class Kernel(ring.RingKernel):
         return 0 if blocks == 1 else lax.rem(block, blocks) * self.unroll
 
     @property
-    def staging(self) -> store.Staging:
+    def staging(self) -> Staging:
         """How finished dots pass through shared memory."""
-        return store.Staging(self.config.tile_tokens // self.config.parts, self.out_itemsize)
+        return Staging(self.config.tile_tokens // self.config.parts, self.out_itemsize)
 
-    def scratch(self) -> dict[str, Any]:
-        """Shared memory: the ring's stages and their barriers, and room for finished tiles."""
+    def staging_memory(self) -> dict[str, Any]:
+        """Shared memory for finished tiles on their way to the output."""
         warpgroups = self.config.compute_warpgroups
-        output = {
+        return {
             "staging": plgpu.SMEM((warpgroups * self.staging.words,), jnp.int32),
             "columns": plgpu.SMEM((warpgroups * 256,), jnp.int32),  # two for each thread
         }
-        return self.rings(readers=warpgroups) | output | self.code_rings()
+
+    def scratch(self) -> dict[str, Any]:
+        """Shared memory: the ring's stages and their barriers, and room for finished tiles."""
+        return self.rings(readers=self.config.compute_warpgroups) | self.staging_memory() | self.code_rings()
+
+    def visitor_that_stores(
+        self, inputs: dict[str, Ref], out: Ref, scratch: dict[str, Any]
+    ) -> Callable[[Tile], None] | None:
+        """What the warps that do not load do with each tile, if anything."""
+        return None
 
     def body(self, names: tuple[str, ...], *refs: Ref, **scratch: Any) -> None:
         """The kernel: the first warpgroups compute, one warp of the last one loads."""
@@ -161,6 +129,10 @@ class Kernel(ring.RingKernel):
                         multiprocessor, multiprocessors, functools.partial(self.load_tile, inputs, scratch)
                     )
 
+                visit = self.visitor_that_stores(inputs, out, scratch)
+                if visit is not None:
+                    pl.when(warp > 0)(lambda: self.for_each_tile(multiprocessor, multiprocessors, visit))
+
         @pl.when(warpgroup < self.config.compute_warpgroups)
         def _compute() -> None:
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
@@ -169,55 +141,6 @@ class Kernel(ring.RingKernel):
                 multiprocessors,
                 functools.partial(self.compute_tile, inputs, out, scratch, warpgroup * CHANNELS_PER_WARPGROUP),
             )
-
-    def halved(self, multiprocessors: int) -> int:
-        """Tiles at the end that are visited as two halves each."""
-        return 0
-
-    def for_each_tile(self, multiprocessor: Index, multiprocessors: int, visit: Callable[[Tile], None]) -> None:
-        """Visit the tiles of this multiprocessor.
-
-        8-bit tiles are spread evenly among the 4-bit ones, so that outputs which are neighbours are stored at about
-        the same time.
-        """
-        channel_tiles, tile_tokens = self.tiles4 + self.tiles8, self.config.tile_tokens
-
-        def visit_place(place: Index, first_block: Index, first: Index, tokens: int) -> None:
-            """Visit `tokens` tokens, from `first` on, of the tile at a place of the order."""
-            token_tile, channel_tile = plgpu.planar_snake(place, (self.token_tiles, channel_tiles), 0, self.config.band)
-            first_token = token_tile * tile_tokens + first
-
-            def visit_kind(is8: bool, tile: Index) -> None:
-                visit(
-                    Tile(
-                        is8=is8,
-                        first_row=tile * self.tile_channels,
-                        first_token=first_token,
-                        tokens=tokens,
-                        first_block=first_block,
-                    )
-                )
-
-            if not (self.n4 and self.n8):
-                visit_kind(not self.n4, channel_tile)
-                return
-            before = lax.div(channel_tile * self.tiles8, channel_tiles)  # 8-bit tiles before this one
-            is8 = lax.div((channel_tile + 1) * self.tiles8, channel_tiles) != before
-            pl.when(is8)(lambda: visit_kind(True, before))
-            pl.when(jnp.logical_not(is8))(lambda: visit_kind(False, channel_tile - before))
-
-        def visit_whole(index: Index, _: None) -> None:
-            visit_place(index * multiprocessors + multiprocessor, index * self.num_blocks, 0, tile_tokens)
-
-        halved = self.halved(multiprocessors)
-        whole = self.num_tiles - halved
-        lax.fori_loop(0, lax.div(whole - 1 - multiprocessor, multiprocessors) + 1, visit_whole, None)
-        if halved:
-
-            @pl.when(multiprocessor < 2 * halved)
-            def _half() -> None:
-                blocks, half = whole // multiprocessors * self.num_blocks, lax.rem(multiprocessor, 2)
-                visit_place(whole + lax.div(multiprocessor, 2), blocks, half * (tile_tokens // 2), tile_tokens // 2)
 
     def load_tile(self, inputs: dict[str, Ref], scratch: dict[str, Any], tile: Tile) -> None:
         """Copy the groups of a tile into the ring, each as soon as its slot is empty."""

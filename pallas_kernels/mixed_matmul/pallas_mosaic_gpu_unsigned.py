@@ -18,6 +18,7 @@ Tiles, ring, loading warp and store are those of pallas_mosaic_gpu_kernel.py.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -30,8 +31,9 @@ from pallas_kernels.activations import QuantizedActivations
 from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_unsigned_registers as unsigned
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import ACCUMULATOR, SCALAR, Emitted, Index, Ref, swizzled
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import CHANNELS_PER_WARPGROUP, halved_tiles
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_kernel import Kernel, Tile
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_hand_over import HandingOverKernel
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_registers import load_codes, wait_dot
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_tiles import Tile
 from pallas_kernels.mixed_matmul.unsigned_operands import GROUPS_OF_CORRECTION, corrections_of
 from pallas_kernels.packing import PackedWeight
 
@@ -40,7 +42,7 @@ SUMS_BYTES = 128
 
 
 @dataclasses.dataclass(frozen=True)
-class UnsignedKernel(Kernel):
+class UnsignedKernel(HandingOverKernel):
     """The kernel of one problem, on unsigned operands; a tile's tokens are one part."""
 
     @property
@@ -175,7 +177,8 @@ class UnsignedKernel(Kernel):
         is8, own = tile.is8, pl.ds(0, tile.tokens)
         emit = _UnsignedEmitted(self.group_size, tile.tokens, even_tokens=self.tokens % 2 == 0, is8=is8)
         first_row, rows = tile.first_row + first_channel, self.n8 if is8 else self.n4
-        emit.fetch_columns(inputs["order"], scratch["columns"], first_row, rows, self.n4 if is8 else 0)
+        if "bias" in inputs:
+            emit.fetch_columns(inputs["order"], scratch["columns"], first_row, rows, self.n4 if is8 else 0)
 
         def wait_and_load(slot: Index) -> Any:
             """Wait for a stage and read its codes, ready for the dot."""
@@ -183,18 +186,22 @@ class UnsignedKernel(Kernel):
             codes = self.code_slot(scratch, is8, slot).at[pl.ds(first_channel, CHANNELS_PER_WARPGROUP)]
             return emit.load_codes(codes)
 
-        def add_block(index: Index, total: Any) -> Any:
-            """Add the groups of a block.
+        def add_block(index: Index, carry: tuple[Any, Any], *, is_last: bool) -> tuple[Any, Any]:
+            """Add the groups of a block, and read the codes of the next block's first one.
 
             In the program a dot starts when the former one has been scaled. The assembler starts it earlier, where its
-            codes are loaded, and spreads its instructions among those that scale.
+            codes are loaded, and spreads its instructions among those that scale. All dots are done at the end: the
+            assembler follows none around a loop.
             """
+            total, codes = carry
             slots = self.slots(tile.first_block + index)
-            codes = wait_and_load(slots[0])
             dot = emit.start(codes, scratch["activation_ring"].at[slots[0], own])
             for offset, slot in enumerate(slots):
-                group, is_last = index * self.unroll + offset, offset == self.unroll - 1
-                next_codes = codes if is_last else wait_and_load(slots[offset + 1])
+                group, ends = index * self.unroll + offset, offset == self.unroll - 1
+                if not ends:
+                    next_codes = wait_and_load(slots[offset + 1])
+                else:
+                    next_codes = codes if is_last else wait_and_load(self.slots(tile.first_block + index + 1)[0])
                 total = emit.finish(
                     dot,
                     codes,
@@ -204,10 +211,10 @@ class UnsignedKernel(Kernel):
                     self.token_scales.lead(group),
                 )
                 plgpu.barrier_arrive(scratch["empty"].at[slot])
-                if not is_last:
-                    codes = next_codes
+                codes = next_codes
+                if not ends:
                     dot = emit.start(codes, scratch["activation_ring"].at[slots[offset + 1], own])
-            return total
+            return total, codes
 
         def add_corrected(correction: Index, total: Any) -> Any:
             plgpu.barrier_wait(scratch["sums_full"])
@@ -216,11 +223,13 @@ class UnsignedKernel(Kernel):
                 channels.append(scratch["correction_zero_points"])
             total = emit.subtract_zero_points(total, scratch["activation_sums"].at[own], channels, first_channel)
             plgpu.barrier_arrive(scratch["sums_empty"])
-            return lax.fori_loop(*self.blocks_of(correction), add_block, total)
+            first, end = self.blocks_of(correction)
+            codes = wait_and_load(self.slots(tile.first_block + first)[0])
+            carry = lax.fori_loop(first, end - 1, functools.partial(add_block, is_last=False), (total, codes))
+            return add_block(end - 1, carry, is_last=True)[0]
 
         total = emit.unscaled(lax.fori_loop(0, self.corrections, add_corrected, emit.zero_total()))
-        refs = [scratch["staging"], scratch["columns"], out, *([inputs["bias"]] if "bias" in inputs else [])]
-        emit.store(total, first_row, tile.first_token, rows, refs)
+        self.stage_tile(total, inputs, out, scratch, first_channel, tile)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,111 @@
+"""The tiles of the persistent Hopper kernels, and their order."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_ring as ring
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import Index
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MosaicGpuConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile(ring.Tile):
+    """A tile as the loops see it: which channels and tokens, and where its groups stand in the ring.
+
+    Attributes:
+        tokens: How many it has.
+        first_block: Blocks that the multiprocessor has before it.
+    """
+
+    tokens: int
+    first_block: Index
+
+
+@dataclasses.dataclass(frozen=True)
+class TiledKernel(ring.RingKernel, abc.ABC):
+    """A persistent kernel of one problem, but for the loops over the groups of a tile.
+
+    Attributes:
+        out_itemsize: Bytes of an output element.
+        config: Settings that were fitted to the number of tokens.
+    """
+
+    out_itemsize: int
+    config: MosaicGpuConfig
+
+    @property
+    def tile_tokens(self) -> int:
+        """Tokens of a tile."""
+        return self.config.tile_tokens
+
+    @property
+    def tile_channels(self) -> int:
+        """Output channels of a tile."""
+        return self.config.tile_channels
+
+    @property
+    def unroll(self) -> int:
+        """Groups of a block."""
+        return max(unroll for unroll in range(1, self.config.unroll + 1) if self.num_groups % unroll == 0)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of a tile."""
+        return self.num_groups // self.unroll
+
+    def halved(self, multiprocessors: int) -> int:
+        """Tiles at the end that are visited as two halves each."""
+        return 0
+
+    def for_each_tile(self, multiprocessor: Index, multiprocessors: int, visit: Callable[[Tile], None]) -> None:
+        """Visit the tiles of this multiprocessor.
+
+        8-bit tiles are spread evenly among the 4-bit ones, so that outputs which are neighbours are stored at about
+        the same time.
+        """
+        channel_tiles, tile_tokens = self.tiles4 + self.tiles8, self.config.tile_tokens
+
+        def visit_place(place: Index, first_block: Index, first: Index, tokens: int) -> None:
+            """Visit `tokens` tokens, from `first` on, of the tile at a place of the order."""
+            token_tile, channel_tile = plgpu.planar_snake(place, (self.token_tiles, channel_tiles), 0, self.config.band)
+            first_token = token_tile * tile_tokens + first
+
+            def visit_kind(is8: bool, tile: Index) -> None:
+                visit(
+                    Tile(
+                        is8=is8,
+                        first_row=tile * self.tile_channels,
+                        first_token=first_token,
+                        tokens=tokens,
+                        first_block=first_block,
+                    )
+                )
+
+            if not (self.n4 and self.n8):
+                visit_kind(not self.n4, channel_tile)
+                return
+            before = lax.div(channel_tile * self.tiles8, channel_tiles)  # 8-bit tiles before this one
+            is8 = lax.div((channel_tile + 1) * self.tiles8, channel_tiles) != before
+            pl.when(is8)(lambda: visit_kind(True, before))
+            pl.when(jnp.logical_not(is8))(lambda: visit_kind(False, channel_tile - before))
+
+        def visit_whole(index: Index, _: None) -> None:
+            visit_place(index * multiprocessors + multiprocessor, index * self.num_blocks, 0, tile_tokens)
+
+        halved = self.halved(multiprocessors)
+        whole = self.num_tiles - halved
+        lax.fori_loop(0, lax.div(whole - 1 - multiprocessor, multiprocessors) + 1, visit_whole, None)
+        if halved:
+
+            @pl.when(multiprocessor < 2 * halved)
+            def _half() -> None:
+                blocks, half = whole // multiprocessors * self.num_blocks, lax.rem(multiprocessor, 2)
+                visit_place(whole + lax.div(multiprocessor, 2), blocks, half * (tile_tokens // 2), tile_tokens // 2)
