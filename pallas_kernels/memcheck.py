@@ -139,7 +139,7 @@ def attention_jobs() -> Iterator[Job]:
             qkv = qkv.astype(jnp.float32)
         rotation = jnp.ones((batch, head_dim // 2), jnp.float32)
         cache = LayerCache.zeros(batch, max_length, kv_heads, head_dim, cache_dtype)
-        for config in (None, attention_triton.Config(splits=1, block=16)):
+        for config in (attention_triton.Config(splits=2), attention_triton.Config(splits=1, block=16)):
             for window in (None, 16):
                 run = functools.partial(
                     attention_triton.decode_attention, window=window, quantize_group_size=group_size, config=config
