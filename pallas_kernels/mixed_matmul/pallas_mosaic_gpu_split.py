@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,18 +20,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.activations import QuantizedActivations
-from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_ring as ring
-from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_split_input as split_input
+from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_split_copies as copies
 from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_split_output as output
 from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_split_quantize as quantize
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import Emitted, Index, Ref, Slice, swizzled
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import Emitted, Index, Ref
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import CHANNELS_PER_WARPGROUP
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_config import MosaicGpuSplitConfig
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_ring import THREADS, SplitRing, SplitTile
 from pallas_kernels.mixed_matmul.triton_tiles import Problem
 from pallas_kernels.packing import PackedWeight
-
-THREADS = 128
-"""Of a warpgroup."""
 
 LOADER_REGISTERS = 24
 """Of a loading thread."""
@@ -95,80 +90,8 @@ def registers_of_a_computing_thread(warpgroups: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tile(ring.Tile):
-    """A tile as the loops see it.
-
-    Attributes:
-        index: Tiles that the cluster has before it.
-    """
-
-    index: Index
-
-
-@dataclasses.dataclass(frozen=True)
-class _Kernel(ring.RingKernel):
-    """The kernel of one problem.
-
-    Attributes:
-        config: Settings that were fitted to the problem.
-        sets_of_sums: Tiles whose sums have room at the same time.
-        quantizes: The activations are float, and quantised by each block.
-    """
-
-    config: MosaicGpuSplitConfig
-    sets_of_sums: int
-    quantizes: bool
-
-    @property
-    def tile_tokens(self) -> int:
-        """Tokens of a tile."""
-        return self.config.tile_tokens
-
-    @property
-    def tile_channels(self) -> int:
-        """Output channels of a tile."""
-        return CHANNELS_PER_WARPGROUP
-
-    @property
-    def stages(self) -> int:
-        """Ring slots."""
-        return self.config.stages
-
-    @property
-    def runs(self) -> int:
-        """Runs of groups of a tile in one block."""
-        return self.num_groups // (self.config.cluster * self.config.run)
-
-    @property
-    def loaders(self) -> int:
-        """Warps that load stages in turn. A slot is always the same one's, or it could not tell a slot's uses apart."""
-        return math.gcd(split_input.WARPS, self.config.stages)
-
-    def first_slot(self, run: Index) -> Index:
-        """First ring slot of a run, counted over all tiles of the block."""
-        runs = self.config.stages // self.config.run
-        return 0 if runs == 1 else lax.rem(run, runs) * self.config.run
-
-    def uses(self, run: Index) -> Index:
-        """Times that the slots of a run were used before."""
-        return lax.div(run, self.config.stages // self.config.run)
-
-    def scratch(self) -> dict[str, Any]:
-        """Shared memory: the ring's stages and their barriers, and room for the sums of the other warpgroups."""
-        c = self.config
-        rings = self.rings(readers=1) | self.code_rings()
-        del rings["full"], rings["empty"]
-        if self.quantizes:
-            groups, size = self.num_groups // c.cluster, self.group_size
-            shape = (groups, c.tile_tokens, size)
-            rings["activation_ring"] = plgpu.SMEM(shape, jnp.int8, transforms=swizzled(size))
-            rings["token_scale_ring"] = plgpu.SMEM((groups * c.tile_tokens,), jnp.float32)
-        rings["barriers"] = split_input.barriers(c.stages)
-        rings["columns"] = plgpu.SMEM((2 * THREADS,), jnp.int32)
-        if c.splits > 1:
-            sums = self.sets_of_sums * (c.splits - 1) * CHANNELS_PER_WARPGROUP * c.tile_tokens
-            rings["sums"] = plgpu.SMEM((sums,), jnp.float32)
-        return rings
+class _Kernel(SplitRing):
+    """The kernel of one problem."""
 
     def body(self, names: tuple[str, ...], *refs: Ref, **scratch: Any) -> None:
         """The kernel: the first warpgroups compute, those of the last one loads."""
@@ -176,7 +99,7 @@ class _Kernel(ring.RingKernel):
         warpgroup, cluster = lax.axis_index("warpgroup"), lax.axis_index("cluster")
         split, clusters = lax.axis_index("split"), lax.axis_size("cluster")
         c = self.config
-        split_input.start_barriers(scratch["barriers"], c.stages, c.warpgroups, c.cluster)
+        copies.start_barriers(scratch["barriers"], c.stages, c.warpgroups, c.cluster)
         compute_registers = registers_of_a_computing_thread(c.warpgroups)
 
         @pl.when(warpgroup == c.warpgroups)
@@ -191,96 +114,22 @@ class _Kernel(ring.RingKernel):
                     self.for_each_tile(cluster, clusters, load_tile)
 
             if c.cluster > 1:
-                split_input.wait_for_cluster()
+                copies.wait_for_cluster()
 
         @pl.when(warpgroup < c.warpgroups)
         def _compute() -> None:
             plgpu.set_max_registers(compute_registers, action="increase")
             if c.cluster > 1:
-                split_input.wait_for_cluster()
+                copies.wait_for_cluster()
             if self.quantizes:
                 first_group = split * (self.num_groups // c.cluster)
                 rings = scratch["activation_ring"], scratch["token_scale_ring"]
                 quantize.quantize(inputs["codes"], *rings, first_group, threads=THREADS * c.warpgroups)
-                split_input.release(scratch["barriers"], 2 * c.stages + 1)
-                split_input.wait(scratch["barriers"], 2 * c.stages + 1, 0)
+                copies.release(scratch["barriers"], 2 * c.stages + 1)
+                copies.wait(scratch["barriers"], 2 * c.stages + 1, 0)
             self.for_each_tile(
                 cluster, clusters, functools.partial(self.compute_tile, inputs, out, scratch, warpgroup, split)
             )
-
-    def for_each_tile(self, cluster: Index, clusters: int, visit: Callable[[_Tile], None]) -> None:
-        """Visit the tiles of this cluster; 8-bit ones come first, since they take longest."""
-
-        def one(index: Index, _: None) -> None:
-            tile = index * clusters + cluster
-            channel_tile, token_tile = lax.div(tile, self.token_tiles), lax.rem(tile, self.token_tiles)
-            first_token = token_tile * self.config.tile_tokens
-
-            def visit_kind(is8: bool, tile: Index) -> None:
-                visit(_Tile(index=index, is8=is8, first_row=tile * CHANNELS_PER_WARPGROUP, first_token=first_token))
-
-            if not (self.n4 and self.n8):
-                visit_kind(not self.n4, channel_tile)
-                return
-            is8 = channel_tile < self.tiles8
-            pl.when(is8)(lambda: visit_kind(True, channel_tile))
-            pl.when(jnp.logical_not(is8))(lambda: visit_kind(False, channel_tile - self.tiles8))
-
-        lax.fori_loop(0, lax.div(self.num_tiles - 1 - cluster, clusters) + 1, one, None)
-
-    def load_tile(
-        self, inputs: dict[str, Ref], scratch: dict[str, Any], split: Index, warp: Index, tile: _Tile
-    ) -> None:
-        """Copy the warp's part of this block's groups of a tile into the ring, each as soon as its slot is empty."""
-        c, groups, loaders = self.config, self.runs * self.config.run, self.loaders
-        first_stage = tile.index * groups
-        first = lax.rem(warp + loaders - lax.rem(first_stage, loaders), loaders)
-
-        def load(index: Index, _: None) -> None:
-            group = first + index * loaders
-            slot, uses = lax.rem(first_stage + group, c.stages), lax.div(first_stage + group, c.stages)
-
-            @pl.when(uses > 0)
-            def _wait() -> None:
-                split_input.wait(scratch["barriers"], c.stages + slot, uses - 1)
-
-            self.load_group(inputs, scratch, tile, split * groups + group, slot)
-
-        lax.fori_loop(0, lax.div(groups - first + loaders - 1, loaders), load, None)
-
-    def load_group(
-        self, inputs: dict[str, Ref], scratch: dict[str, Any], tile: ring.Tile, group: Index, slot: Index
-    ) -> None:
-        size, bits, Copy = self.group_size, "8" if tile.is8 else "4", split_input.Copy
-        row_bytes = size if tile.is8 else size // 2
-
-        def slices(of: Slice, name: str, ring: str, first: Index) -> Any:
-            start = group * of.row + first - of.lead(group)
-            return Copy(inputs[name], (start,), (of.copied,), scratch[ring].at[slot, pl.ds(0, of.copied)])
-
-        copies = [
-            Copy(
-                inputs["codes" + bits],
-                (group, tile.first_row, 0),
-                (None, self.tile_channels, row_bytes),
-                self.code_slot(scratch, tile.is8, slot),
-                swizzled(row_bytes),
-            ),
-            slices(self.channel_scales(tile.is8), "scales" + bits, "channel_scale_ring", tile.first_row),
-        ]
-        if not self.quantizes:
-            activations = Copy(
-                inputs["codes"],
-                (tile.first_token, group * size),
-                (self.tile_tokens, size),
-                scratch["activation_ring"].at[slot],
-                swizzled(size),
-            )
-            copies.append(activations)
-            copies.append(slices(self.token_scales, "token_scales", "token_scale_ring", tile.first_token))
-        if not tile.is8:
-            copies.append(slices(self.zero_points, "zero_points4", "zero_point_ring", tile.first_row))
-        split_input.start_copies(scratch["barriers"], slot, copies)
 
     def compute_tile(
         self,
@@ -289,14 +138,14 @@ class _Kernel(ring.RingKernel):
         scratch: dict[str, Any],
         warpgroup: Index,
         split: Index,
-        tile: _Tile,
+        tile: SplitTile,
     ) -> None:
         """Compute the warpgroup's runs of a tile, add them up with those of the others, and store the sum."""
         c, is8 = self.config, tile.is8
         emit = Emitted(self.group_size, c.tile_tokens, even_tokens=self.tokens % 2 == 0 or self.quantizes)
 
         def wait_and_load(group: Index, slot: Index, uses: Index) -> Any:
-            split_input.wait(scratch["barriers"], slot, uses)
+            copies.wait(scratch["barriers"], slot, uses)
             codes = self.code_slot(scratch, is8, slot)
             if is8:
                 return emit.load_codes8(codes)
@@ -341,7 +190,7 @@ class _Kernel(ring.RingKernel):
                 is_last = offset == c.run - 1
                 next_codes = codes if is_last else wait_and_load(group + 1, slot + 1, uses)
                 total = finish(accumulator, codes, total, group, slot)
-                split_input.release(scratch["barriers"], c.stages + slot)
+                copies.release(scratch["barriers"], c.stages + slot)
                 if not is_last:
                     accumulator = start(next_codes, group + 1, slot + 1)
                 codes = next_codes
@@ -373,8 +222,8 @@ class _Kernel(ring.RingKernel):
         def _push() -> None:
             output.push_sums(total, scratch["sums"], base + (which - 1) * size, remote=c.cluster > 1)
 
-        split_input.announce_sums(scratch["barriers"], 2 * c.stages, c.cluster)
-        split_input.wait_for_sums(scratch["barriers"], 2 * c.stages, tile.index)
+        copies.announce_sums(scratch["barriers"], 2 * c.stages, c.cluster)
+        copies.wait_for_sums(scratch["barriers"], 2 * c.stages, tile.index)
 
         @pl.when(which == 0)
         def _add() -> None:

@@ -1,8 +1,8 @@
-"""The ring of a split tile's stages: barriers that one thread arrives at, and the copies of a stage.
+"""The barriers of the Hopper kernel that splits the input channels, which few threads arrive at, and its copies.
 
 Pallas' own copies have every lane of the loading warp arrive at the barrier, twice for each copy: for a stage of a few
 small copies this takes as long as the memory does to bring it. Here one lane announces the bytes of all copies of a
-stage and starts them.
+stage and starts them, and one lane of each warp tells that it has read a stage, or stored its sums.
 """
 
 # mypy: disable-error-code="arg-type,call-arg,attr-defined"
@@ -22,6 +22,9 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm
 
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import Index, Ref
+
+WARPS = 4
+"""Of a warpgroup."""
 
 _SCALAR = plgpu.Layout.WG_SPLAT(())
 _WAIT_TICKS = 10_000_000
@@ -57,17 +60,13 @@ class Copy:
         return self.transforms[0].swizzle if self.transforms else None
 
 
-WARPS = 4
-"""Of a warpgroup."""
-
-
 def barriers(stages: int) -> Any:
     """Shared memory for the barriers, 64 bits each: full and empty of each stage, the sums', the activations'."""
     return plgpu.SMEM((2 * (2 * stages + 2),), jnp.int32)
 
 
 def start_barriers(ref: Ref, stages: int, warpgroups: int, cluster: int) -> None:
-    """Set the barriers up; called by all threads of the block."""
+    """Set the barriers up, and begin to wait for those of the other blocks; called by all threads of the block."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def emit(ctx: Any, ref: ir.Value) -> None:
