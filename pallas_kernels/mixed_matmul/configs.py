@@ -177,6 +177,12 @@ class _Estimate(NamedTuple):
 RAMP = 2.0
 """Microseconds of a launch that do not depend on the size: first loads to arrive, last outputs to be stored."""
 
+BITS_PER_MICROSECOND = 8 * 3.0e6
+"""That an H100 reads from memory: an entry that takes more than twice as long as its weight is bound by computing."""
+
+FEW_TOKENS = 64
+"""Up to here, reading the weight counts in any case."""
+
 UNCERTAINTY = 0.02
 """Share by which an estimate grows with each unit of `_distance`: of about equal ones, the nearest case counts."""
 
@@ -184,9 +190,10 @@ UNCERTAINTY = 0.02
 def _best(problem: Problem, device_kind: str, implementation: str) -> _Estimate | None:
     """The entry with the least estimate, or None on a device without a table.
 
-    But for a constant, the time of an entry carries over in proportion to its waves of tiles times the groups of a tile
-    or to what is read of the weight, whichever gives more: so a configuration is only taken where its tiles fill the
-    multiprocessors. A case that was tuned is its own estimate, also for a few more or fewer 8-bit channels.
+    But for a constant, the time of an entry carries over in proportion to its waves of tiles times the groups of a
+    tile, or, where memory bounds it, to what is read of the weight if that gives more: so a configuration is only taken
+    where its tiles fill the multiprocessors. A case that was tuned is its own estimate, also for a few more or fewer
+    8-bit channels.
     """
     entries = [entry for entry in read_table(device_kind) if entry.implementation == implementation]
     estimates = [
@@ -215,9 +222,14 @@ def _estimate(problem: Problem, entry: Entry) -> float:
     """Microseconds of an entry's configuration for a problem."""
     own = entry.problem
     computing = waves(entry.config, problem) * problem.num_groups / (waves(entry.config, own) * own.num_groups)
-    reading = _weight_reads(entry.config, problem) / _weight_reads(entry.config, own)
+    time = entry.microseconds - RAMP
+    many = min(problem.tokens, own.tokens) > FEW_TOKENS
+    if many and _weight_bits(own) / BITS_PER_MICROSECOND < time / 2:
+        time = max(time * computing, _weight_bits(problem) / BITS_PER_MICROSECOND)
+    else:
+        time *= max(computing, _weight_reads(entry.config, problem) / _weight_reads(entry.config, own))
     longer_before = max(0.0, _microseconds_before(entry.config, problem) - _microseconds_before(entry.config, own))
-    return RAMP + longer_before + (entry.microseconds - RAMP) * max(computing, reading)
+    return RAMP + longer_before + time
 
 
 def _microseconds_before(config: Config | MosaicConfig, problem: Problem) -> float:
@@ -248,8 +260,12 @@ def waves(config: Config | MosaicConfig, problem: Problem) -> float:
 def _weight_reads(config: Config | MosaicConfig, problem: Problem) -> float:
     """Bits of the weight that are read: by the first tile of tokens, and at half the cost by the others."""
     tile_tokens = config.tile_tokens if isinstance(config, MosaicConfig) else config.tokens
-    bits = problem.in_features * (4 * problem.n4 + 8 * problem.n8)
-    return bits * (1 + math.ceil(problem.tokens / tile_tokens)) / 2
+    return _weight_bits(problem) * (1 + math.ceil(problem.tokens / tile_tokens)) / 2
+
+
+def _weight_bits(problem: Problem) -> int:
+    """Bits of the codes."""
+    return problem.in_features * (4 * problem.n4 + 8 * problem.n8)
 
 
 def _distance(problem: Problem, entry: Entry) -> float:
