@@ -104,3 +104,12 @@ def test_a_layer_of_two_terms_takes_float_activations_alone():
         layer(quantize_activations(jnp.asarray(x), 64))
     with pytest.raises(ValueError, match="activation_terms must be 1 or 2, found 3"):
         Linear(case.weight, dtype=jnp.float32, activation_terms=3)
+
+
+def test_no_tokens_and_no_terms():
+    case = make_case(4, 20, 128, 64, 1.0)
+    weight = jax.tree.map(jnp.asarray, case.weight)
+    y = quantized_linear(jnp.zeros((0, 128)), weight, out_dtype=jnp.float32, activation_terms=2)
+    assert y.shape == (0, 20)
+    with pytest.raises(ValueError, match="terms must be 1 or 2, found 0"):
+        quantize_activations(jnp.zeros((4, 128)), 64, terms=0)

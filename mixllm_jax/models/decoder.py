@@ -41,7 +41,7 @@ class Embedding(nnx.Module):
         weight = parameters["embed.weight"]
         if execution.embedding_bits == 8 and not isinstance(weight, PackedWeight):
             weight = eight_bit_table(weight)
-        if isinstance(weight, PackedWeight) and config.tie_word_embeddings:
+        if isinstance(weight, PackedWeight) and config.tie_word_embeddings and execution.activation_bits == 8:
             weight = prepare_weight(weight, execution.implementation)
         return cls(weight, execution)
 

@@ -128,7 +128,7 @@ def quantized_linear(
     if activation_terms == 1:
         return mixed_matmul(activations, weight, bias, out_dtype=out_dtype, implementation=implementation)
     products = mixed_matmul(activations, weight, out_dtype=jnp.float32, implementation=implementation)
-    total = products.reshape(activation_terms, *x.shape[:1], -1).sum(axis=0)
+    total = products.reshape(activation_terms, x.shape[0], weight.out_features).sum(axis=0)
     return (total if bias is None else total + bias.astype(jnp.float32)).astype(out_dtype)
 
 

@@ -61,8 +61,8 @@ class MosaicGpuConfig:
             raise ValueError(f"tile_tokens must be parts times one of {DOT_TOKENS}, and at most 128; found {self}")
         if self.compute_warpgroups not in (1, 2):
             raise ValueError(f"compute_warpgroups must be 1 or 2, since each needs most of the registers; found {self}")
-        if self.unsigned and self.parts != 1:
-            raise ValueError(f"with unsigned operands parts must be 1; found {self}")
+        if self.unsigned and (self.parts != 1 or self.stages < 2):
+            raise ValueError(f"with unsigned operands parts must be 1 and stages at least 2; found {self}")
 
     def fitted(self, tokens: int) -> MosaicGpuConfig:
         """These settings without a part that no token ever reaches.

@@ -80,9 +80,10 @@ def quantize(x: Ref, codes: Ref, scales: Ref, first_group: Index, *, threads: in
         if units <= passes * at_once:
             run(unit_of_thread)
         else:
-            loop = scf.ForOp(unit_of_thread, i32_constant(units), i32_constant(passes * at_once))
+            # As often for every thread, since lanes exchange their largest values.
+            loop = scf.ForOp(i32_constant(0), i32_constant(units), i32_constant(passes * at_once))
             with ir.InsertionPoint(loop.body):
-                run(loop.induction_variable)
+                run(arith.addi(loop.induction_variable, unit_of_thread))
                 scf.yield_([])
         _asm("fence.proxy.async.shared::cta;", "", [])  # the dots read what was stored here
 

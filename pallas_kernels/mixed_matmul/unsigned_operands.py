@@ -49,7 +49,8 @@ def unsigned_codes(codes: jax.Array, scales: jax.Array) -> jax.Array:
     terms = jnp.stack(correction_terms(sums, scales.T), axis=1)  # [tokens, 2, groups]
     terms = jnp.pad(terms, ((0, 0), (0, 0), (0, corrections * GROUPS_OF_CORRECTION - groups)))
     terms = terms.reshape(tokens, 2, corrections, GROUPS_OF_CORRECTION).swapaxes(1, 2)
-    behind = jax.lax.bitcast_convert_type(terms.astype(jnp.uint16), jnp.uint8).reshape(tokens, -1)
+    behind = jax.lax.bitcast_convert_type(terms.astype(jnp.uint16), jnp.uint8)
+    behind = behind.reshape(tokens, corrections * GROUP_SIZE)
     unsigned = jax.lax.bitcast_convert_type(codes, jnp.uint8) ^ np.uint8(OFFSET)
     return jnp.concatenate([unsigned, behind], axis=1)
 

@@ -39,9 +39,11 @@ def quantize_activations(
         implementation: `auto`, or a name from the registry.
 
     Raises:
-        ValueError: Wrong rank, dtype or group size, or an unknown layout or implementation.
+        ValueError: Wrong rank, dtype, group size or number of terms, or an unknown layout or implementation.
         NotImplementedError: The implementation asked for cannot run here, or a gradient is asked for.
     """
     validate_input("x", x, group_size)
     validate_layout(layout, group_size)
+    if terms not in (1, 2):
+        raise ValueError(f"terms must be 1 or 2, found {terms}")
     return OPERATION(implementation, x, group_size=group_size, terms=terms, layout=layout)
