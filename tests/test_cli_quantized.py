@@ -1,6 +1,7 @@
 """inspect, generate and perplexity on quantised folders, checked against the arrays and the float model."""
 
 import json
+import shlex
 import sys
 
 import numpy as np
@@ -95,13 +96,15 @@ def test_generation_from_packed_weights(folders, capsys):
     assert texts["w8"][:3] == texts["float"][:3]
 
 
-def test_more_bits_are_closer_to_the_float_model(folders, tmp_path, capsys):
+def test_more_bits_are_closer_to_the_float_model(folders, tmp_path, capsys, monkeypatch):
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 12)
     names = [str(folders / name) for name in ("float", *BITS)]
     command = ["perplexity", *names, "--text", str(tmp_path / "text.txt"), "--sequence-length", "96"]
-    assert cli.main([*command, "--json", str(tmp_path / "out.json")]) == 0
+    command += ["--json", str(tmp_path / "out.json")]
+    monkeypatch.setattr("sys.argv", ["mixllm", *command])
+    assert cli.main(command) == 0
     stored = json.loads((tmp_path / "out.json").read_text())
-    assert stored["command"].startswith("mixllm ")
+    assert stored["command"] == shlex.join(["mixllm", *command])
     rows = stored["rows"]
     assert [(row["lm_head_bits"], row["embedding_bits"]) for row in rows] == [(16, 16), (8, 8), (8, 8), (8, 8)]
     kl = [row["kl"] for row in rows[1:]]

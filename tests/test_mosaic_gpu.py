@@ -232,7 +232,7 @@ def test_a_last_wave_of_few_tiles_is_halved(share: float, tokens: int):
         lambda *arguments: pallas_mosaic_gpu.mixed_matmul(*arguments, out_dtype="float32", config=CONFIGS[-1])
     )
     first = run(*arguments)
-    assert relative_error(first, case.expected) < limit(config)
+    assert relative_error(first, case.expected) < limit(CONFIGS[-1])
     assert (run(*arguments) == first).all()
 
 
