@@ -81,14 +81,12 @@ class Operation:
     def __call__(self, implementation: str, *args: Any, **kwargs: Any) -> Any:
         """Compute with the implementation asked for; see `choose` for the errors."""
         run = self.implementations[self.choose(implementation, *args, **kwargs)].run
-        return _inference_function(self.name, run, tuple(sorted(kwargs.items())))(*args)
+        return inference_function(self.name, run, tuple(sorted(kwargs.items())))(*args)
 
 
 @functools.cache
-def _inference_function(
-    name: str, run: Callable[..., Any], settings: tuple[tuple[str, Any], ...]
-) -> Callable[..., Any]:
-    """`run` under the settings, refusing gradients.
+def inference_function(name: str, run: Callable[..., Any], settings: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    """`run` under the settings (hashable, by name), refusing gradients; `name` is for the error and for profiles.
 
     A jitted function of its own, so that the layers of a model, whose shapes agree, share one trace and one lowering of
     their kernels: that is most of the time before XLA starts.

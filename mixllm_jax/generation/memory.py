@@ -77,7 +77,8 @@ def estimate_memory(
     mask = tokens * context * (1 + itemsize) if batch * context > prefill_tokens else 0
     # At its widest, a block holds the residual stream twice, the gate and up projections, and their product.
     width = 2 * config.hidden_size + config.query_size + 2 * config.kv_size + 3 * config.intermediate_size
-    logits = 3 * batch * config.vocab_size * 4  # of this step, of the step before, and what sampling makes of them
+    # Of this step (as two products, where the head has two terms), of the step before, and what sampling makes of them.
+    logits = 4 * batch * config.vocab_size * 4
     return MemoryEstimate(weight_bytes, cache, tokens * width * itemsize + mask + logits)
 
 

@@ -12,6 +12,7 @@ from pallas_kernels import activations as activations_module
 from pallas_kernels import packing, registry
 from pallas_kernels.activations import Layout, QuantizedActivations, validate_input
 from pallas_kernels.mixed_matmul import configs, pallas_mosaic_gpu, pallas_triton, unsigned_operands, xla
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_config import MosaicGpuQuantizeConfig
 from pallas_kernels.mixed_matmul.triton_tiles import problem_of
 from pallas_kernels.packing import PackedWeight
 from pallas_kernels.quantize_activations.api import quantize_activations
@@ -40,26 +41,6 @@ OPERATION = Operation(
     },
     prefer=_prefer,
 )
-
-
-def _refuses_float(
-    x: jax.Array, weight: PackedWeight, bias: jax.Array | None, *, out_dtype: jax.typing.DTypeLike
-) -> str | None:
-    """Why no kernel quantises x on its way to the product, or None."""
-    if x.shape[1] != weight.in_features or x.dtype.name not in OUT_DTYPES:
-        return f"it takes [tokens, {weight.in_features}] of {', '.join(OUT_DTYPES)}"
-    reason = pallas_mosaic_gpu.refuses(_abstract_activations(x.shape[0], weight), weight, bias, out_dtype=out_dtype)
-    if reason is None and pallas_mosaic_gpu.quantizing_config(x.shape[0], weight) is None:
-        reason = "quantising these activations beforehand is faster"
-    return reason
-
-
-QUANTIZING = Operation(
-    name="quantized_linear",
-    implementations={"mosaic_gpu": Implementation(pallas_mosaic_gpu.quantized_linear, _refuses_float)},
-    prefer=lambda *args, **kwargs: ("mosaic_gpu",),
-)
-"""Quantising and multiplying in one launch, where there is a kernel for it."""
 
 
 def mixed_matmul(
@@ -116,11 +97,16 @@ def quantized_linear(
     `quantize_activations`.
     """
     validate_input("x", x, weight.group_size)
-    if activation_terms == 1 and implementation in ("auto", "mosaic_gpu"):
-        packing.validate(weight)
-        _validate_output(weight, bias, out_dtype)
-        if _refuses_float(x, weight, bias, out_dtype=out_dtype) is None:
-            return QUANTIZING("mosaic_gpu", x, weight, bias, out_dtype=jnp.dtype(out_dtype))
+    packing.validate(weight)
+    _validate_output(weight, bias, out_dtype)
+    config = (
+        _quantizing_config(x, weight) if activation_terms == 1 and implementation in ("auto", "mosaic_gpu") else None
+    )
+    if config is not None:
+        settings = (("config", config), ("out_dtype", jnp.dtype(out_dtype)))
+        return registry.inference_function("quantized_linear", pallas_mosaic_gpu.quantized_linear, settings)(
+            x, weight, bias
+        )
     layout = activation_layout(activation_terms * x.shape[0], weight, implementation)
     activations = quantize_activations(
         x, weight.group_size, terms=activation_terms, layout=layout, implementation=implementation
@@ -171,6 +157,15 @@ def activation_layout(tokens: int, weight: PackedWeight, implementation: str = "
     activations = _abstract_activations(tokens, weight)
     name = OPERATION.choose(implementation, activations, weight, None, out_dtype=jnp.dtype(jnp.bfloat16))
     return pallas_mosaic_gpu.activation_layout(tokens, weight) if name == "mosaic_gpu" else "signed"
+
+
+def _quantizing_config(x: jax.Array, weight: PackedWeight) -> MosaicGpuQuantizeConfig | None:
+    """Settings of the kernel that quantises x on its way to the product, None where it cannot or is slower."""
+    if x.shape[1] != weight.in_features or x.dtype.name not in OUT_DTYPES:
+        return None
+    activations = _abstract_activations(x.shape[0], weight)
+    reason = pallas_mosaic_gpu.refuses(activations, weight, None, out_dtype=x.dtype)
+    return pallas_mosaic_gpu.quantizing_config(x.shape[0], weight) if reason is None else None
 
 
 def _abstract_activations(tokens: int, weight: PackedWeight) -> QuantizedActivations:

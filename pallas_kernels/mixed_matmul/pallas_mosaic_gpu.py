@@ -51,13 +51,11 @@ def quantized_linear(
     bias: jax.Array | None,
     *,
     out_dtype: jax.typing.DTypeLike,
-    config: MosaicGpuQuantizeConfig | None = None,
+    config: MosaicGpuQuantizeConfig,
 ) -> jax.Array:
-    """`mixed_matmul` of float `[tokens, in_features]` in one launch, for few tokens; `config` overrides the table."""
+    """`mixed_matmul` of float `[tokens, in_features]` in one launch, for few tokens; see `quantizing_config`."""
     from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_split  # imports slowly, and not everywhere
 
-    config = config or quantizing_config(x.shape[0], weight)
-    assert config is not None  # or the caller would have quantised x
     return pallas_mosaic_gpu_split.launch(x, weight, bias, jnp.dtype(out_dtype), config, _multiprocessors())
 
 

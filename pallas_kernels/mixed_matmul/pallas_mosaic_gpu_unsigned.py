@@ -12,7 +12,8 @@ and less than 2**23: the accumulator starts at zero, and its bits *are* the deno
   product, which the tensor cores subtract from the totals. Its factors are split in two bfloat16 terms each, so that
   it is exact to about 2**-16; the integer dots stay exact.
 
-Tiles, ring, loading warp and store are those of pallas_mosaic_gpu_kernel.py.
+Ring and loading warp are those of pallas_mosaic_gpu_kernel.py; finished tiles are handed over to warps that store them
+(pallas_mosaic_gpu_hand_over.py, pallas_mosaic_gpu_store_apart.py).
 """
 
 from __future__ import annotations
