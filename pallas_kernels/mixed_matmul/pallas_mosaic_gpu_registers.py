@@ -251,3 +251,11 @@ def add_scaled(
         new = mlir_math.fma(weighted, token_scales[2 * block + lane], element(old))
         registers.flat[index] = vector.broadcast(ir.VectorType.get((1,), f32), new)
     return fa.FragmentedArray(_registers=registers, _layout=total.layout, _is_signed=None)
+
+
+def memory_asm(asm: str, constraints: str, operands: list[ir.Value], result: ir.Type | None = None) -> Any:
+    """Inline PTX that touches memory; a label `again` becomes one of its own."""
+    result = ir.Type.parse("!llvm.void") if result is None else result
+    constraints = ",".join([*([constraints] if constraints else []), "~{memory}"])
+    asm = asm.replace("again", "again${:uid}")
+    return llvm.inline_asm(result, operands, asm, constraints, has_side_effects=True)

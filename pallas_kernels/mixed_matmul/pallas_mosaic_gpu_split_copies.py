@@ -22,6 +22,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm
 
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import Index, Ref
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_registers import memory_asm
 
 WARPS = 4
 """Of a warpgroup."""
@@ -84,10 +85,10 @@ def start_barriers(ref: Ref, stages: int, warpgroups: int, cluster: int) -> None
             arrivals = arith.select(arith.cmpi(ult, index, _i32(stages)), _i32(1), arrivals)
             used = arith.andi(lane, arith.cmpi(ult, index, _i32(count)))
             nvvm.mbarrier_init(_barrier(ref, index), arrivals, predicate=used)
-        _asm("fence.mbarrier_init.release.cluster;", "", [])
+        memory_asm("fence.mbarrier_init.release.cluster;", "", [])
         gpu.barrier()
         if cluster > 1:
-            _asm("barrier.cluster.arrive.relaxed.aligned;", "", [])
+            memory_asm("barrier.cluster.arrive.relaxed.aligned;", "", [])
 
     emit(ref)
 
@@ -97,7 +98,7 @@ def wait_for_cluster() -> None:
 
     @plgpu.inline_mgpu()
     def emit(ctx: Any) -> None:
-        _asm("barrier.cluster.wait.acquire.aligned;", "", [])
+        memory_asm("barrier.cluster.wait.acquire.aligned;", "", [])
 
     emit()
 
@@ -109,7 +110,7 @@ def release(ref: Ref, barrier: Index) -> None:
     def emit(ctx: Any, ref: ir.Value, barrier: Any) -> None:
         address = llvm.ptrtoint(ir.IntegerType.get_signless(32), _barrier(ref, barrier.registers.item()))
         lane = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(utils.thread_idx(), _i32(31)), _i32(0))
-        _asm("bar.warp.sync 0xffffffff; @$1 mbarrier.arrive.shared::cta.b64 _, [$0];", "r,b", [address, lane])
+        memory_asm("bar.warp.sync 0xffffffff; @$1 mbarrier.arrive.shared::cta.b64 _, [$0];", "r,b", [address, lane])
 
     emit(ref, jnp.int32(barrier))
 
@@ -122,7 +123,7 @@ def announce_sums(ref: Ref, barrier: int, cluster: int) -> None:
         address = llvm.ptrtoint(ir.IntegerType.get_signless(32), _barrier(ref, _i32(barrier)))
         lane = arith.andi(utils.thread_idx(), _i32(31))
         announces = arith.cmpi(arith.CmpIPredicate.ult, lane, _i32(cluster))
-        _asm(
+        memory_asm(
             "{ .reg .b32 a; bar.warp.sync 0xffffffff; mapa.shared::cluster.u32 a, $0, $1; "
             "@$2 mbarrier.arrive.release.cluster.shared::cluster.b64 _, [a]; }"
             if cluster > 1
@@ -141,7 +142,7 @@ def wait_for_sums(ref: Ref, barrier: int, uses: Index) -> None:
     def emit(ctx: Any, ref: ir.Value, uses: Any) -> None:
         address = llvm.ptrtoint(ir.IntegerType.get_signless(32), _barrier(ref, _i32(barrier)))
         parity = arith.andi(uses.registers.item(), _i32(1))
-        _asm(
+        memory_asm(
             "{ .reg .pred done; again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [$0], $1, $2; "
             "@!done bra again; }",
             "r,r,r",
@@ -149,13 +150,6 @@ def wait_for_sums(ref: Ref, barrier: int, uses: Index) -> None:
         )
 
     emit(ref, jnp.int32(uses))
-
-
-def _asm(asm: str, constraints: str, operands: list[ir.Value]) -> None:
-    """Inline PTX that touches memory."""
-    constraints = ",".join([*([constraints] if constraints else []), "~{memory}"])
-    asm = asm.replace("again", "again${:uid}")
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, asm, constraints, has_side_effects=True)
 
 
 def start_copies(ref: Ref, stage: Index, copies: Sequence[Copy]) -> None:

@@ -21,7 +21,7 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import ACCUMULATOR, SCALAR, Index, Ref
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import CHANNELS_PER_WARPGROUP
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_registers import element, i32_constant, lane_position
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_registers import element, i32_constant, lane_position, memory_asm
 
 
 def push_sums(total: Any, sums: Ref, first: Index, *, remote: bool) -> None:
@@ -33,7 +33,7 @@ def push_sums(total: Any, sums: Ref, first: Index, *, remote: bool) -> None:
         if remote:
             asm = "mapa.shared::cluster.u32 a, $0, 0; st.shared::cluster.v4.f32 [a], {$1, $2, $3, $4};"
         for address, values in zip(_addresses(sums, first, total), _fours(_elements(total)), strict=True):
-            _asm(f"{{ .reg .b32 a; {asm} }}", "r,f,f,f,f", [address, *values])
+            memory_asm(f"{{ .reg .b32 a; {asm} }}", "r,f,f,f,f", [address, *values])
 
     emit(total, sums, first)
 
@@ -50,7 +50,7 @@ def add_sums(total: Any, sums: Ref, firsts: list[Index], *, remote: bool) -> Any
         values = _elements(total)
         for first in firsts:
             for block, address in enumerate(_addresses(sums, first, total)):
-                others = _asm("ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,r", [address], four_floats)
+                others = memory_asm("ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,r", [address], four_floats)
                 for lane in range(4):
                     other = llvm.extractvalue(f32, others, [lane])
                     values[4 * block + lane] = arith.addf(values[4 * block + lane], other)
@@ -82,7 +82,7 @@ def fetch_columns(order: Ref, columns: Ref, first_row: Index, rows: int, order_s
         source = llvm.addrspacecast(llvm.PointerType.get(address_space=1), utils.memref_ptr(order))
         for half in range(2):
             row = arith.addi(arith.minsi(_row(first_row, half), i32_constant(rows - 1)), i32_constant(order_start))
-            _asm(
+            memory_asm(
                 "cp.async.ca.shared.global [$0], [$1], 4;",
                 "r,l",
                 [_own_column(columns, half), utils.getelementptr(source, [row], i32)],
@@ -109,10 +109,10 @@ def store_tile(
         values = _elements(total)
         first_token = arith.addi(first_token.registers.item(), lane_position()[1])
         start = llvm.addrspacecast(llvm.PointerType.get(address_space=1), utils.memref_ptr(out))
-        _asm("cp.async.wait_all;", "", [])
+        memory_asm("cp.async.wait_all;", "", [])
         for half in range(2):
             has_row = arith.cmpi(arith.CmpIPredicate.slt, _row(first_row, half), i32_constant(rows))
-            column = _asm("ld.shared.b32 $0, [$1];", "=r,r", [_own_column(columns, half)], i32)
+            column = memory_asm("ld.shared.b32 $0, [$1];", "=r,r", [_own_column(columns, half)], i32)
             added = [llvm.load(f32, utils.getelementptr(utils.memref_ptr(ref), [column], f32)) for ref in bias]
             column_start = utils.getelementptr(start, [arith.extsi(i64, column)], dtype)
             for block, lane in itertools.product(range(len(values) // 4), range(2)):
@@ -123,7 +123,7 @@ def store_tile(
                 for term in added:
                     value = arith.addf(value, term)
                 value = llvm.bitcast(bits, value if dtype == f32 else arith.truncf(dtype, value))
-                _asm(
+                memory_asm(
                     f"@$2 st.global.b{bits.width} [$0], $1;",
                     f"l,{'r' if dtype == f32 else 'h'},b",
                     [utils.getelementptr(column_start, [offset], dtype), value, exists],
@@ -139,13 +139,6 @@ def _elements(total: fa.FragmentedArray) -> list[ir.Value]:
 
 def _fours(values: list[ir.Value]) -> list[list[ir.Value]]:
     return [values[start : start + 4] for start in range(0, len(values), 4)]
-
-
-def _asm(asm: str, constraints: str, operands: list[ir.Value], result: ir.Type | None = None) -> Any:
-    """Inline PTX that touches memory."""
-    result = ir.Type.parse("!llvm.void") if result is None else result
-    constraints = ",".join([*([constraints] if constraints else []), "~{memory}"])
-    return llvm.inline_asm(result, operands, asm, constraints, has_side_effects=True)
 
 
 def _row(first_row: fa.FragmentedArray, half: int) -> ir.Value:

@@ -20,7 +20,13 @@ from jaxlib.mlir.dialects import math as mlir_math
 
 from pallas_kernels.activations import SMALLEST_SCALE
 from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import SCALAR, Index, Ref, swizzled
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_registers import MAGIC, element, f32_constant, i32_constant
+from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_registers import (
+    MAGIC,
+    element,
+    f32_constant,
+    i32_constant,
+    memory_asm,
+)
 
 PIECE = 16
 """Elements of a group that a thread takes at a time: what it stores at once."""
@@ -72,10 +78,10 @@ def quantize(x: Ref, codes: Ref, scales: Ref, first_group: Index, *, threads: in
             for row, values in [load_unit(unit) for unit in starts]:
                 words, scale = _quantize_piece(values, lanes)
                 address = arith.addi(code_start, _swizzled_offset(row, lane, size))
-                _asm("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", [address, *words])
+                memory_asm("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", [address, *words])
                 address = arith.addi(scale_start, arith.muli(row, i32_constant(4)))
                 is_first = arith.cmpi(arith.CmpIPredicate.eq, lane, i32_constant(0))
-                _asm("@$2 st.shared.f32 [$0], $1;", "r,f,b", [address, scale, is_first])
+                memory_asm("@$2 st.shared.f32 [$0], $1;", "r,f,b", [address, scale, is_first])
 
         if units <= passes * at_once:
             run(unit_of_thread)
@@ -85,7 +91,7 @@ def quantize(x: Ref, codes: Ref, scales: Ref, first_group: Index, *, threads: in
             with ir.InsertionPoint(loop.body):
                 run(arith.addi(loop.induction_variable, unit_of_thread))
                 scf.yield_([])
-        _asm("fence.proxy.async.shared::cta;", "", [])  # the dots read what was stored here
+        memory_asm("fence.proxy.async.shared::cta;", "", [])  # the dots read what was stored here
 
     emit(jnp.int32(first_group), x, codes, scales)
 
@@ -138,9 +144,3 @@ def _swizzled_offset(row: ir.Value, piece: ir.Value, size: int) -> ir.Value:
     offset = arith.addi(arith.muli(row, i32_constant(size)), arith.muli(piece, i32_constant(16)))
     turn = arith.andi(arith.shrui(offset, i32_constant(7)), i32_constant(size // 16 - 1))
     return arith.xori(offset, arith.shli(turn, i32_constant(4)))
-
-
-def _asm(asm: str, constraints: str, operands: list[ir.Value]) -> None:
-    """Inline PTX that touches memory."""
-    constraints = ",".join([*([constraints] if constraints else []), "~{memory}"])
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, asm, constraints, has_side_effects=True)
