@@ -1,6 +1,7 @@
 """Converting Hugging Face checkpoints: formats, dtypes, configurations."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -338,7 +339,12 @@ def peak_memory_of_conversion(folder, out):
         f"code = main(['--from-hf', {str(folder)!r}, '--out', {str(out)!r}]); "
         "print(open('/proc/self/status').read()); sys.exit(code)"
     )
-    done = subprocess.run([sys.executable, "-c", code], check=True, timeout=300, capture_output=True, text=True)
+    # One heap: glibc gives threads that allocate at the same time heaps of their own, and keeps what was freed in each
+    # of them, so that on a busy machine the peak would tell how often that happened.
+    environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=300, capture_output=True, text=True, env=environment
+    )
     return 1024 * int(done.stdout.split("VmHWM:")[1].split()[0])
 
 
@@ -351,4 +357,4 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
         sizes.append(sum(tensor.nbytes for tensor in tensors.values()))
         peaks.append(peak_memory_of_conversion(folder, tmp_path / f"out{layers}"))
     assert sizes[1] - sizes[0] > 120e6
-    assert peaks[1] - peaks[0] < 0.4 * (sizes[1] - sizes[0])
+    assert peaks[1] - peaks[0] < 0.25 * (sizes[1] - sizes[0])
