@@ -29,8 +29,8 @@ from pallas_kernels.decode_attention import pallas_triton as attention_triton
 from pallas_kernels.kv_cache import LayerCache
 from pallas_kernels.mixed_matmul import pallas_mosaic_gpu, pallas_triton, unsigned_operands
 from pallas_kernels.mixed_matmul.configs import Config, MosaicConfig
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MosaicGpuConfig
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_config import MosaicGpuQuantizeConfig, MosaicGpuSplitConfig
+from pallas_kernels.mixed_matmul.mosaic_gpu.config import MosaicGpuConfig
+from pallas_kernels.mixed_matmul.mosaic_gpu.split.config import MosaicGpuQuantizeConfig, MosaicGpuSplitConfig
 from pallas_kernels.mixed_matmul.triton_few_tokens import FewTokensConfig
 from pallas_kernels.mixed_matmul.triton_many_tokens import ManyTokensConfig
 from pallas_kernels.packing import PackedWeight, with_aligned_rows, with_code_sums

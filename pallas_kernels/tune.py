@@ -29,13 +29,9 @@ from pallas_kernels import registry
 from pallas_kernels.activations import Layout
 from pallas_kernels.benchmark_data import bfloat16_array, copies_for, packed_weight
 from pallas_kernels.device_time import kernel_times, repeats_for
-from pallas_kernels.mixed_matmul import (
-    configs,
-    pallas_mosaic_gpu,
-    pallas_mosaic_gpu_config,
-    pallas_mosaic_gpu_split_config,
-    pallas_triton,
-)
+from pallas_kernels.mixed_matmul import configs, pallas_mosaic_gpu, pallas_triton
+from pallas_kernels.mixed_matmul.mosaic_gpu import config as mosaic_gpu_config
+from pallas_kernels.mixed_matmul.mosaic_gpu.split import config as mosaic_gpu_split_config
 from pallas_kernels.mixed_matmul.triton_few_tokens import FewTokensConfig
 from pallas_kernels.mixed_matmul.triton_many_tokens import ManyTokensConfig
 from pallas_kernels.packing import PackedWeight
@@ -81,11 +77,11 @@ MATMULS: dict[str, Callable[..., jax.Array]] = {
 def candidates(implementation: str, tokens: int) -> Iterator[configs.Config | configs.MosaicConfig]:
     """The configurations to try for a number of tokens."""
     if implementation == configs.QUANTIZING:
-        yield from pallas_mosaic_gpu_split_config.quantizing_candidates(tokens)
+        yield from mosaic_gpu_split_config.quantizing_candidates(tokens)
         return
     if implementation == "mosaic_gpu":
-        yield from pallas_mosaic_gpu_config.candidates(tokens)
-        yield from pallas_mosaic_gpu_split_config.candidates(tokens)
+        yield from mosaic_gpu_config.candidates(tokens)
+        yield from mosaic_gpu_split_config.candidates(tokens)
         return
     if tokens <= 32:
         yield from _UP_TO_8_TOKENS if tokens <= 8 else _UP_TO_32_TOKENS

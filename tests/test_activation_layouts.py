@@ -31,7 +31,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.mixed_matmul import api as matmul_api
 from pallas_kernels.mixed_matmul import pallas_mosaic_gpu
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MosaicGpuConfig
+from pallas_kernels.mixed_matmul.mosaic_gpu.config import MosaicGpuConfig
 from pallas_kernels.quantize_activations import pallas_triton as quantize_triton
 from pallas_kernels.quantize_activations import triton_output
 from pallas_kernels.quantize_activations.pallas_triton import Config

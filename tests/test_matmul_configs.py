@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pallas_kernels.mixed_matmul import configs
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MosaicGpuConfig
+from pallas_kernels.mixed_matmul.mosaic_gpu.config import MosaicGpuConfig
 from pallas_kernels.mixed_matmul.triton_few_tokens import FewTokensConfig
 from pallas_kernels.mixed_matmul.triton_many_tokens import ManyTokensConfig
 from pallas_kernels.mixed_matmul.triton_tiles import Problem

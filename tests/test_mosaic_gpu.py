@@ -7,8 +7,9 @@ import pytest
 from kernel_cases import assemble, make_case, relative_error, require_hopper
 
 from pallas_kernels.activations import QuantizedActivations
-from pallas_kernels.mixed_matmul import configs, pallas_mosaic_gpu, pallas_mosaic_gpu_config
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MosaicGpuConfig
+from pallas_kernels.mixed_matmul import configs, pallas_mosaic_gpu
+from pallas_kernels.mixed_matmul.mosaic_gpu import config as mosaic_gpu_config
+from pallas_kernels.mixed_matmul.mosaic_gpu.config import MosaicGpuConfig
 from pallas_kernels.mixed_matmul.triton_few_tokens import FewTokensConfig
 from pallas_kernels.mixed_matmul.triton_tiles import Problem
 from pallas_kernels.packing import PackedWeight, has_aligned_rows, with_aligned_rows, with_code_sums
@@ -85,7 +86,7 @@ def test_weights_without_sums_of_codes_have_the_same_tiles(config: MosaicGpuConf
 @pytest.mark.parametrize(("stages", "unroll"), [(4, 4), (4, 8), (8, 4), (3, 2)])
 def test_blocks_of_unsigned_operands_cover_the_groups_in_order(groups: int, stages: int, unroll: int):
     """With as many groups in 32 as the activation sums of one correction, and slots that follow each other."""
-    from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_unsigned import UnsignedKernel
+    from pallas_kernels.mixed_matmul.mosaic_gpu.unsigned.kernel import UnsignedKernel
 
     config = MosaicGpuConfig(stages=stages, unroll=unroll, parts=1, unsigned=True)
     kernel = UnsignedKernel(256, 128, 128, groups, 128, 2, config)
@@ -110,7 +111,7 @@ def test_unsigned_operands_are_for_aligned_rows(n: int, unsigned: bool):
 @pytest.mark.parametrize("tokens", [100, 600, 1409])
 def test_every_token_of_every_channel_is_in_one_tile(channels: int, tokens: int):
     """Whether the last wave is halved or not."""
-    from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_unsigned import UnsignedKernel
+    from pallas_kernels.mixed_matmul.mosaic_gpu.unsigned.kernel import UnsignedKernel
 
     multiprocessors = 12
     kernel = UnsignedKernel(tokens, channels // 2, channels // 2, 4, 128, 2, CONFIGS[-1])
@@ -135,7 +136,7 @@ def test_every_token_of_every_channel_is_in_one_tile(channels: int, tokens: int)
 def test_every_part_of_a_tile_has_a_token(config: MosaicGpuConfig):
     for tokens in range(1, 2 * config.tile_tokens):
         fitted = config.fitted(tokens)
-        assert fitted.tile_tokens // fitted.parts in pallas_mosaic_gpu_config.DOT_TOKENS
+        assert fitted.tile_tokens // fitted.parts in mosaic_gpu_config.DOT_TOKENS
         assert fitted.tile_tokens * (fitted.parts - 1) // fitted.parts < tokens
         assert -(-tokens // fitted.tile_tokens) == -(-tokens // config.tile_tokens)
 
@@ -143,9 +144,9 @@ def test_every_part_of_a_tile_has_a_token(config: MosaicGpuConfig):
 def test_rule_and_candidates_are_settings_that_fit_the_kernel():
     for tokens in (1, 8, 9, 33, 64, 65, 300, 4096):
         for n in (64, 4096, 28672):
-            config = pallas_mosaic_gpu_config.default(Problem(tokens, 4096, 128, n // 2, n - n // 2))
+            config = mosaic_gpu_config.default(Problem(tokens, 4096, 128, n // 2, n - n // 2))
             assert config.tile_tokens >= min(tokens, 64)
-        assert pallas_mosaic_gpu_config.candidates(tokens)
+        assert mosaic_gpu_config.candidates(tokens)
 
 
 def test_the_faster_implementation_of_the_nearest_case_comes_first(monkeypatch: pytest.MonkeyPatch):

@@ -7,8 +7,9 @@ from kernel_cases import make_case, relative_error, require_hopper
 
 import pallas_kernels
 from pallas_kernels.benchmark_data import bfloat16_array
-from pallas_kernels.mixed_matmul import configs, pallas_mosaic_gpu, pallas_mosaic_gpu_split_config, xla
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_config import MosaicGpuQuantizeConfig, MosaicGpuSplitConfig
+from pallas_kernels.mixed_matmul import configs, pallas_mosaic_gpu, xla
+from pallas_kernels.mixed_matmul.mosaic_gpu.split import config as mosaic_gpu_split_config
+from pallas_kernels.mixed_matmul.mosaic_gpu.split.config import MosaicGpuQuantizeConfig, MosaicGpuSplitConfig
 from pallas_kernels.mixed_matmul.triton_tiles import Problem
 
 CONFIGS = [
@@ -28,7 +29,7 @@ QUANTIZING_CONFIGS = [
 ]
 
 ALL_CANDIDATES = sorted(
-    {config for tokens in (1, 9, 17, 33, 129) for config in pallas_mosaic_gpu_split_config.candidates(tokens)}, key=str
+    {config for tokens in (1, 9, 17, 33, 129) for config in mosaic_gpu_split_config.candidates(tokens)}, key=str
 )
 
 
@@ -165,7 +166,7 @@ def test_configurations(config: MosaicGpuSplitConfig, sizes: tuple[int, int, int
 @pytest.mark.parametrize("warpgroups", [1, 2, 3, 4])
 def test_a_block_asks_for_no_more_registers_than_it_was_launched_with(warpgroups: int):
     """Otherwise it waits for them forever."""
-    from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_split as split
+    from pallas_kernels.mixed_matmul.mosaic_gpu.split import kernel as split
 
     threads = 128 * (warpgroups + 1)
     launched = threads * min(248, 65536 // threads // 8 * 8)  # as the PTX assembler allots them

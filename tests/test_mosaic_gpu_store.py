@@ -9,8 +9,9 @@ import pytest
 from kernel_cases import Case, make_case, require_hopper
 
 from pallas_kernels import packing
-from pallas_kernels.mixed_matmul import pallas_mosaic_gpu, pallas_mosaic_gpu_config
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MosaicGpuConfig
+from pallas_kernels.mixed_matmul import pallas_mosaic_gpu
+from pallas_kernels.mixed_matmul.mosaic_gpu import config as mosaic_gpu_config
+from pallas_kernels.mixed_matmul.mosaic_gpu.config import MosaicGpuConfig
 from pallas_kernels.mixed_matmul.triton_tiles import Problem
 
 SHARED_MEMORY = 227 * 1024
@@ -82,11 +83,11 @@ def check(case: Case, config: MosaicGpuConfig, out_dtype: str, bias: bool) -> No
 @pytest.mark.parametrize("n8", [0, 1, 2867, 28672])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_shared_memory_suffices(n8: int, itemsize: int):
-    from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_kernel import kernel_type
+    from pallas_kernels.mixed_matmul.mosaic_gpu.signed.kernel import kernel_type
 
     for tokens in (1, 16, 33, 64, 65, 128, 512, 4095):
         problem = Problem(tokens, 4096, 128, 28672 - n8, n8)
-        for config in (pallas_mosaic_gpu_config.default(problem), *pallas_mosaic_gpu_config.candidates(tokens)):
+        for config in (mosaic_gpu_config.default(problem), *mosaic_gpu_config.candidates(tokens)):
             kernel = kernel_type(config)(tokens, 28672 - n8, n8, 32, 128, itemsize, config.fitted(tokens))
             arrays = [ref.inner_aval for ref in kernel.scratch().values() if hasattr(ref, "inner_aval")]
             used = sum(-(-array.size * array.dtype.itemsize // 1024) * 1024 for array in arrays)

@@ -8,8 +8,8 @@ import pytest
 from kernel_cases import make_case
 
 from pallas_kernels import tune
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MosaicGpuConfig
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_config import MosaicGpuSplitConfig
+from pallas_kernels.mixed_matmul.mosaic_gpu.config import MosaicGpuConfig
+from pallas_kernels.mixed_matmul.mosaic_gpu.split.config import MosaicGpuSplitConfig
 from pallas_kernels.mixed_matmul.triton_few_tokens import FewTokensConfig
 from pallas_kernels.packing import with_code_sums
 

@@ -12,7 +12,7 @@ from pallas_kernels import activations as activations_module
 from pallas_kernels import packing, registry
 from pallas_kernels.activations import Layout, QuantizedActivations, validate_input
 from pallas_kernels.mixed_matmul import configs, pallas_mosaic_gpu, pallas_triton, unsigned_operands, xla
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_config import MosaicGpuQuantizeConfig
+from pallas_kernels.mixed_matmul.mosaic_gpu.split.config import MosaicGpuQuantizeConfig
 from pallas_kernels.mixed_matmul.triton_tiles import problem_of
 from pallas_kernels.packing import PackedWeight
 from pallas_kernels.quantize_activations.api import quantize_activations

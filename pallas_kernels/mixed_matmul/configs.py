@@ -13,9 +13,9 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_config
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MULTIPROCESSORS, MosaicGpuConfig
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_config import MosaicGpuQuantizeConfig, MosaicGpuSplitConfig
+from pallas_kernels.mixed_matmul.mosaic_gpu import config as mosaic_gpu_config
+from pallas_kernels.mixed_matmul.mosaic_gpu.config import MULTIPROCESSORS, MosaicGpuConfig
+from pallas_kernels.mixed_matmul.mosaic_gpu.split.config import MosaicGpuQuantizeConfig, MosaicGpuSplitConfig
 from pallas_kernels.mixed_matmul.triton_few_tokens import FewTokensConfig
 from pallas_kernels.mixed_matmul.triton_many_tokens import ManyTokensConfig
 from pallas_kernels.mixed_matmul.triton_tiles import Problem
@@ -140,7 +140,7 @@ def choose(problem: Problem, device_kind: str, implementation: str = "triton") -
     best = _best(problem, device_kind, implementation)
     if best is not None:
         return best.entry.config
-    return pallas_mosaic_gpu_config.default(problem) if implementation == "mosaic_gpu" else default(problem)
+    return mosaic_gpu_config.default(problem) if implementation == "mosaic_gpu" else default(problem)
 
 
 def by_speed(problem: Problem, device_kind: str) -> tuple[str, str]:
@@ -247,7 +247,7 @@ def waves(config: Config | MosaicConfig, problem: Problem) -> float:
     if isinstance(config, MosaicGpuConfig):
         channels = math.ceil(problem.n4 / config.tile_channels) + math.ceil(problem.n8 / config.tile_channels)
         tiles = channels * math.ceil(problem.tokens / config.tile_tokens)
-        return pallas_mosaic_gpu_config.waves(tiles, config.tile_tokens, unsigned=config.unsigned)
+        return mosaic_gpu_config.waves(tiles, config.tile_tokens, unsigned=config.unsigned)
     if isinstance(config, FewTokensConfig):
         tiles = math.prod((sum(config.tiles(problem)[:2]), config.tiles(problem)[2], config.splits))
         resident = max(1, WARPS_OF_FEW_TOKENS // config.warps)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from pallas_kernels import registry
 from pallas_kernels.activations import Layout, QuantizedActivations
 from pallas_kernels.mixed_matmul import configs, unsigned_operands
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MULTIPROCESSORS, MosaicGpuConfig
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_config import MosaicGpuQuantizeConfig, MosaicGpuSplitConfig
+from pallas_kernels.mixed_matmul.mosaic_gpu.config import MULTIPROCESSORS, MosaicGpuConfig
+from pallas_kernels.mixed_matmul.mosaic_gpu.split.config import MosaicGpuQuantizeConfig, MosaicGpuSplitConfig
 from pallas_kernels.mixed_matmul.triton_tiles import Problem
 from pallas_kernels.packing import GROUP_SIZES, PackedWeight, has_aligned_rows
 
@@ -35,14 +35,15 @@ def mixed_matmul(
     Activations in another layout go through a pass of their own first.
     """
     # Imports slowly, and not everywhere.
-    from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_kernel, pallas_mosaic_gpu_split
+    from pallas_kernels.mixed_matmul.mosaic_gpu.signed import kernel as tiled
+    from pallas_kernels.mixed_matmul.mosaic_gpu.split import kernel as split
 
     config = config_for(activations.tokens, weight, config)
     activations = activations.in_layout(_layout(config))
     arguments = (activations, weight, bias, jnp.dtype(out_dtype))
     if isinstance(config, MosaicGpuSplitConfig):
-        return pallas_mosaic_gpu_split.launch(*arguments, config, _multiprocessors())
-    return pallas_mosaic_gpu_kernel.launch(*arguments, config, _multiprocessors())
+        return split.launch(*arguments, config, _multiprocessors())
+    return tiled.launch(*arguments, config, _multiprocessors())
 
 
 def quantized_linear(
@@ -54,9 +55,9 @@ def quantized_linear(
     config: MosaicGpuQuantizeConfig,
 ) -> jax.Array:
     """`mixed_matmul` of float `[tokens, in_features]` in one launch, for few tokens; see `quantizing_config`."""
-    from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_split  # imports slowly, and not everywhere
+    from pallas_kernels.mixed_matmul.mosaic_gpu.split import kernel  # imports slowly, and not everywhere
 
-    return pallas_mosaic_gpu_split.launch(x, weight, bias, jnp.dtype(out_dtype), config, _multiprocessors())
+    return kernel.launch(x, weight, bias, jnp.dtype(out_dtype), config, _multiprocessors())
 
 
 def quantizing_config(tokens: int, weight: PackedWeight) -> MosaicGpuQuantizeConfig | None:

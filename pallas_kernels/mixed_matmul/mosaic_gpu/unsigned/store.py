@@ -17,8 +17,8 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
 
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_registers import element, i32_constant
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_staging import (
+from pallas_kernels.mixed_matmul.mosaic_gpu.registers import element, i32_constant
+from pallas_kernels.mixed_matmul.mosaic_gpu.staging import (
     Destination,
     Piece,
     Staging,

@@ -1,6 +1,6 @@
 """Output path of the Hopper kernel: from the registers of a warpgroup to rows of the output.
 
-A warpgroup ends a tile with 64 channels x some tokens in the fragment of `wgmma` (see pallas_mosaic_gpu_registers.py).
+A warpgroup ends a tile with 64 channels x some tokens in the fragment of `wgmma` (see mosaic_gpu/registers.py).
 A store instruction straight from there touches 4 tokens x 8 channels of a warp: pieces of sectors, each of which goes
 to the L2 cache on its own. So the tile passes through shared memory, where a warp picks up runs of channels of one
 token: 16 bytes a lane where the 64 columns follow each other, else one element a lane, 32 neighbouring channels at a
@@ -19,9 +19,9 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import CHANNELS_PER_WARPGROUP
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_registers import element, i32_constant, lane_position
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_staging import (
+from pallas_kernels.mixed_matmul.mosaic_gpu.config import CHANNELS_PER_WARPGROUP
+from pallas_kernels.mixed_matmul.mosaic_gpu.registers import element, i32_constant, lane_position
+from pallas_kernels.mixed_matmul.mosaic_gpu.staging import (
     Destination,
     Piece,
     Staging,

@@ -21,8 +21,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm
 
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import Index, Ref
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_registers import memory_asm
+from pallas_kernels.mixed_matmul.mosaic_gpu.calls import Index, Ref
+from pallas_kernels.mixed_matmul.mosaic_gpu.registers import memory_asm
 
 WARPS = 4
 """Of a warpgroup."""

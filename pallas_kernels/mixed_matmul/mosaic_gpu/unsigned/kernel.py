@@ -12,8 +12,8 @@ and less than 2**23: the accumulator starts at zero, and its bits *are* the deno
   product, which the tensor cores subtract from the totals. Its factors are split in two bfloat16 terms each, so that
   it is exact to about 2**-16; the integer dots stay exact.
 
-Ring and loading warp are those of pallas_mosaic_gpu_kernel.py; finished tiles are handed over to warps that store them
-(pallas_mosaic_gpu_hand_over.py, pallas_mosaic_gpu_store_apart.py).
+Ring and loading warp are those of mosaic_gpu/signed/kernel.py; finished tiles are handed over to warps that store them
+(mosaic_gpu/unsigned/hand_over.py, mosaic_gpu/unsigned/store.py).
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.activations import QuantizedActivations
-from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_unsigned_registers as unsigned
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import ACCUMULATOR, SCALAR, Emitted, Index, Ref, swizzled
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import CHANNELS_PER_WARPGROUP, halved_tiles
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_hand_over import HandingOverKernel
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_registers import load_codes, wait_dot
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_tiles import Tile
+from pallas_kernels.mixed_matmul.mosaic_gpu.calls import ACCUMULATOR, SCALAR, Emitted, Index, Ref, swizzled
+from pallas_kernels.mixed_matmul.mosaic_gpu.config import CHANNELS_PER_WARPGROUP, halved_tiles
+from pallas_kernels.mixed_matmul.mosaic_gpu.registers import load_codes, wait_dot
+from pallas_kernels.mixed_matmul.mosaic_gpu.tiles import Tile
+from pallas_kernels.mixed_matmul.mosaic_gpu.unsigned import registers as unsigned
+from pallas_kernels.mixed_matmul.mosaic_gpu.unsigned.hand_over import HandingOverKernel
 from pallas_kernels.mixed_matmul.unsigned_operands import GROUPS_OF_CORRECTION, corrections_of
 from pallas_kernels.packing import PackedWeight
 

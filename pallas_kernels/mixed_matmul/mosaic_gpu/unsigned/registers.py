@@ -1,6 +1,6 @@
 """Register-level parts of the Hopper kernel on unsigned operands: codes, dot, scale one group, zero points of a block.
 
-Layouts as in pallas_mosaic_gpu_registers.py; the arithmetic is explained in pallas_mosaic_gpu_unsigned.py.
+Layouts as in mosaic_gpu/registers.py; the arithmetic is explained in mosaic_gpu/unsigned/kernel.py.
 """
 
 # mypy: disable-error-code="arg-type,call-arg,attr-defined"
@@ -17,8 +17,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxlib.mlir.dialects import math as mlir_math
 
-from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_registers as registers
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_registers import (
+from pallas_kernels.mixed_matmul.mosaic_gpu import registers
+from pallas_kernels.mixed_matmul.mosaic_gpu.registers import (
     element,
     f32_constant,
     i32_constant,

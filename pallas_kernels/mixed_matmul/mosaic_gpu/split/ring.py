@@ -12,11 +12,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_ring as ring
-from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_split_copies as copies
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import Index, Ref, Slice, swizzled
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import CHANNELS_PER_WARPGROUP
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_config import MosaicGpuSplitConfig
+from pallas_kernels.mixed_matmul.mosaic_gpu import ring
+from pallas_kernels.mixed_matmul.mosaic_gpu.calls import Index, Ref, Slice, swizzled
+from pallas_kernels.mixed_matmul.mosaic_gpu.config import CHANNELS_PER_WARPGROUP
+from pallas_kernels.mixed_matmul.mosaic_gpu.split import copies
+from pallas_kernels.mixed_matmul.mosaic_gpu.split.config import MosaicGpuSplitConfig
 
 THREADS = 128
 """Of a warpgroup."""

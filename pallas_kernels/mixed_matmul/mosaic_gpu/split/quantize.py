@@ -19,8 +19,8 @@ from jaxlib.mlir.dialects import arith, llvm, scf
 from jaxlib.mlir.dialects import math as mlir_math
 
 from pallas_kernels.activations import SMALLEST_SCALE
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import SCALAR, Index, Ref, swizzled
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_registers import (
+from pallas_kernels.mixed_matmul.mosaic_gpu.calls import SCALAR, Index, Ref, swizzled
+from pallas_kernels.mixed_matmul.mosaic_gpu.registers import (
     MAGIC,
     element,
     f32_constant,

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.activations import QuantizedActivations
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import Index, Ref, Slice, swizzled
+from pallas_kernels.mixed_matmul.mosaic_gpu.calls import Index, Ref, Slice, swizzled
 from pallas_kernels.packing import PackedWeight
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import CHANNELS_PER_WARPGROUP, DOT_TOKENS, MULTIPROCESSORS
+from pallas_kernels.mixed_matmul.mosaic_gpu.config import CHANNELS_PER_WARPGROUP, DOT_TOKENS, MULTIPROCESSORS
 
 if TYPE_CHECKING:
     from pallas_kernels.mixed_matmul.triton_tiles import Problem

@@ -42,7 +42,7 @@ class MosaicGpuConfig:
         parts: Dots a warpgroup keeps in flight, each over an equal part of the tile's tokens: while one runs, the
             result of another is scaled.
         band: Token tiles of a band; the tiles of a band that share channels are visited one after another.
-        unsigned: Unsigned operands (see pallas_mosaic_gpu_unsigned.py), for groups of 128 and weights with the sums of
+        unsigned: Unsigned operands (see mosaic_gpu/unsigned/kernel.py), for groups of 128 and weights with the sums of
             their codes; other weights take the `signed` settings. A tile's tokens are one part, and a block may go
             round the ring more than once.
     """

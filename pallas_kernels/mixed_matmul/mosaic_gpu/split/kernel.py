@@ -20,13 +20,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.activations import QuantizedActivations
-from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_split_copies as copies
-from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_split_output as output
-from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_split_quantize as quantize
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import Emitted, Index, Ref
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import CHANNELS_PER_WARPGROUP
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_config import MosaicGpuSplitConfig
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_split_ring import THREADS, SplitRing, SplitTile
+from pallas_kernels.mixed_matmul.mosaic_gpu.calls import Emitted, Index, Ref
+from pallas_kernels.mixed_matmul.mosaic_gpu.config import CHANNELS_PER_WARPGROUP
+from pallas_kernels.mixed_matmul.mosaic_gpu.split import copies, output, quantize
+from pallas_kernels.mixed_matmul.mosaic_gpu.split.config import MosaicGpuSplitConfig
+from pallas_kernels.mixed_matmul.mosaic_gpu.split.ring import THREADS, SplitRing, SplitTile
 from pallas_kernels.mixed_matmul.triton_tiles import Problem
 from pallas_kernels.packing import PackedWeight
 

@@ -10,10 +10,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_registers as registers
-from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_store as store
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import CHANNELS_PER_WARPGROUP
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_staging import Destination
+from pallas_kernels.mixed_matmul.mosaic_gpu import registers
+from pallas_kernels.mixed_matmul.mosaic_gpu.config import CHANNELS_PER_WARPGROUP
+from pallas_kernels.mixed_matmul.mosaic_gpu.signed import store
+from pallas_kernels.mixed_matmul.mosaic_gpu.staging import Destination
 
 Index = Any
 """An int, or a traced int32 scalar."""

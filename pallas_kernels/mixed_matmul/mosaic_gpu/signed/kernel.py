@@ -22,10 +22,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.activations import QuantizedActivations
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import Emitted, Index, Ref
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import CHANNELS_PER_WARPGROUP, MosaicGpuConfig
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_staging import Staging
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_tiles import Tile, TiledKernel
+from pallas_kernels.mixed_matmul.mosaic_gpu.calls import Emitted, Index, Ref
+from pallas_kernels.mixed_matmul.mosaic_gpu.config import CHANNELS_PER_WARPGROUP, MosaicGpuConfig
+from pallas_kernels.mixed_matmul.mosaic_gpu.staging import Staging
+from pallas_kernels.mixed_matmul.mosaic_gpu.tiles import Tile, TiledKernel
 from pallas_kernels.packing import PackedWeight
 
 COMPUTE_REGISTERS, LOADER_REGISTERS = 240, 24
@@ -68,9 +68,9 @@ def kernel_type(config: MosaicGpuConfig) -> type[Kernel]:
     """The kernel that these settings are for."""
     if not config.unsigned:
         return Kernel
-    from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_unsigned  # builds on this module
+    from pallas_kernels.mixed_matmul.mosaic_gpu.unsigned.kernel import UnsignedKernel  # builds on this module
 
-    return pallas_mosaic_gpu_unsigned.UnsignedKernel
+    return UnsignedKernel
 
 
 @dataclasses.dataclass(frozen=True)

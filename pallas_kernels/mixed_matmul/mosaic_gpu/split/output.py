@@ -1,7 +1,7 @@
 """The end of a tile whose input channels were split: its sums meet in shared memory, and the total is stored.
 
 Each function is called by all threads of a warpgroup. A tile is 64 channels x some tokens, in the fragment of `wgmma`
-that pallas_mosaic_gpu_registers.py describes.
+that mosaic_gpu/registers.py describes.
 """
 
 # mypy: disable-error-code="arg-type,call-arg,attr-defined"
@@ -19,9 +19,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import ACCUMULATOR, SCALAR, Index, Ref
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import CHANNELS_PER_WARPGROUP
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_registers import element, i32_constant, lane_position, memory_asm
+from pallas_kernels.mixed_matmul.mosaic_gpu.calls import ACCUMULATOR, SCALAR, Index, Ref
+from pallas_kernels.mixed_matmul.mosaic_gpu.config import CHANNELS_PER_WARPGROUP
+from pallas_kernels.mixed_matmul.mosaic_gpu.registers import element, i32_constant, lane_position, memory_asm
 
 
 def push_sums(total: Any, sums: Ref, first: Index, *, remote: bool) -> None:

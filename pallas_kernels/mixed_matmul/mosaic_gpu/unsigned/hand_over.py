@@ -13,13 +13,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_store as store
-from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_store_apart as store_apart
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import ACCUMULATOR, SCALAR, Index, Ref
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import CHANNELS_PER_WARPGROUP
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_kernel import Kernel
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_staging import Destination, Staging
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_tiles import Tile
+from pallas_kernels.mixed_matmul.mosaic_gpu.calls import ACCUMULATOR, SCALAR, Index, Ref
+from pallas_kernels.mixed_matmul.mosaic_gpu.config import CHANNELS_PER_WARPGROUP
+from pallas_kernels.mixed_matmul.mosaic_gpu.signed import store
+from pallas_kernels.mixed_matmul.mosaic_gpu.signed.kernel import Kernel
+from pallas_kernels.mixed_matmul.mosaic_gpu.staging import Destination, Staging
+from pallas_kernels.mixed_matmul.mosaic_gpu.tiles import Tile
+from pallas_kernels.mixed_matmul.mosaic_gpu.unsigned import store as store_apart
 
 SLOTS = 2
 """Of a warpgroup, for pieces of finished tiles: a tile of 128 tokens does not wait for its first half to be stored."""

@@ -11,9 +11,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mixed_matmul import pallas_mosaic_gpu_ring as ring
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_calls import Index
-from pallas_kernels.mixed_matmul.pallas_mosaic_gpu_config import MosaicGpuConfig
+from pallas_kernels.mixed_matmul.mosaic_gpu import ring
+from pallas_kernels.mixed_matmul.mosaic_gpu.calls import Index
+from pallas_kernels.mixed_matmul.mosaic_gpu.config import MosaicGpuConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""The kernel that splits the input channels, for few tokens."""

@@ -1,0 +1,1 @@
+"""The kernel on unsigned operands, for many tokens."""
