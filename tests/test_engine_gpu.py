@@ -15,6 +15,7 @@ import pytest
 from mixllm_jax.checkpoint import CheckpointReader, CheckpointWriter
 from mixllm_jax.generation import Engine, engine
 from mixllm_jax.generation.memory import OutOfDeviceMemoryError, device_memory
+from mixllm_jax.generation.sizes import Sizes
 from mixllm_jax.models.cache import KVCache
 from mixllm_jax.models.config import LINEAR_PATHS, layer_part_name
 from mixllm_jax.models.decoder import random_parameters
@@ -34,9 +35,9 @@ CONFIG = dataclasses.replace(
 
 def prefilled(runner: Engine, prompts: list[list[int]], chunk: int, monkeypatch) -> tuple[np.ndarray, np.ndarray]:
     """Logits after the prompts, and what the cache then holds of them, in float32."""
-    monkeypatch.setattr(Engine, "prefill_chunk", lambda self, batch: chunk)
+    monkeypatch.setattr(Sizes, "prefill_chunk", lambda self, batch: chunk)
     cache = KVCache.zeros(CONFIG, len(prompts), 1024, runner.cache_dtype)
-    cache, logits = runner.prefill(cache, prompts, held=0)
+    cache, logits = runner.prefill.run(cache, prompts, held=0)
     keys, values = cache.layers[-1].read(jnp.float32)
     held = np.concatenate([np.asarray(keys), np.asarray(values)], axis=-1)
     return np.asarray(logits), np.concatenate([held[row, : len(prompt)] for row, prompt in enumerate(prompts)])
@@ -121,5 +122,5 @@ def test_running_out_of_memory_says_what_would_fit(monkeypatch):
     assert limit is not None
     monkeypatch.setattr(engine, "require_memory", lambda *arguments: None)
     rows = 2 * limit // runner.estimate_memory(1, 8192).cache
-    with pytest.raises(OutOfDeviceMemoryError, match=r"ran out of memory; .* rows of 8192 positions would fit"):
+    with pytest.raises(OutOfDeviceMemoryError, match=r"ran out of memory: .* rows of 8192 positions would fit"):
         runner.generate([[1]] * rows, max_tokens=8191)

@@ -17,7 +17,7 @@ from tiny_chat_model import save_tiny_chat_model
 import mixllm_jax
 from mixllm_jax.cli import main as cli
 from mixllm_jax.evaluation import same_text
-from mixllm_jax.generation import Engine, SamplingSettings, engine, prefill
+from mixllm_jax.generation import Engine, SamplingSettings, decode_loop, prefill
 from mixllm_jax.models.config import ModelConfig
 from mixllm_jax.models.random_weights import WeightFormat, random_decoder
 
@@ -50,7 +50,7 @@ def test_long_runs_leak_no_memory_and_compile_nothing():
     run_batch()
     gc.collect()
     arrays = sum(array.nbytes for array in jax.live_arrays())
-    programs = prefill.run_layers._cache_size(), engine.decode._cache_size(), engine.first_token._cache_size()
+    programs = prefill.run_layers._cache_size(), decode_loop.decode._cache_size(), decode_loop.first_token._cache_size()
     generated = 0
     while generated < TOKENS:
         generated += run_batch()
@@ -58,8 +58,8 @@ def test_long_runs_leak_no_memory_and_compile_nothing():
     assert sum(array.nbytes for array in jax.live_arrays()) <= arrays
     assert (
         prefill.run_layers._cache_size(),
-        engine.decode._cache_size(),
-        engine.first_token._cache_size(),
+        decode_loop.decode._cache_size(),
+        decode_loop.first_token._cache_size(),
     ) == programs
 
 

@@ -183,8 +183,8 @@ def test_running_out_of_memory_on_the_way_says_what_would_fit(monkeypatch):
     def fail(*args, **kwargs):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
 
-    monkeypatch.setattr(engine, "prefill", fail)
-    with pytest.raises(OutOfDeviceMemoryError, match="ran out of memory; 4 rows of 256 positions need"):
+    monkeypatch.setattr(engine.prefill, "run", fail)
+    with pytest.raises(OutOfDeviceMemoryError, match="ran out of memory: 4 rows of 256 positions should need"):
         engine.generate([[1, 2, 3]] * 4, max_tokens=200)
 
 

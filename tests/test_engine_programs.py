@@ -9,7 +9,7 @@ import pytest
 from mixllm_jax.benchmark.cases import Plan, Results
 from mixllm_jax.benchmark.worker import Bench
 from mixllm_jax.cli import main as cli
-from mixllm_jax.generation.engine import DECODE_CHUNK
+from mixllm_jax.generation.decode_loop import DECODE_CHUNK
 from mixllm_jax.generation.memory import weight_bytes
 from mixllm_jax.models.config import ModelConfig
 from mixllm_jax.models.random_weights import WeightFormat, random_decoder

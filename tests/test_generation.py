@@ -8,8 +8,10 @@ import scipy.stats
 from tiny_chat_model import byte_tokenizer
 
 from mixllm_jax.errors import OptionError
-from mixllm_jax.generation import Engine, IncrementalDetokenizer, PromptCache, SamplingSettings, engine, prefill
+from mixllm_jax.generation import Engine, IncrementalDetokenizer, PromptCache, SamplingSettings, decode_loop, prefill
+from mixllm_jax.generation.chunked_prefill import ChunkedPrefill
 from mixllm_jax.generation.sampling import Sampler, keep_likely
+from mixllm_jax.generation.sizes import Sizes
 from mixllm_jax.models.config import ModelConfig
 from mixllm_jax.models.decoder import Decoder, random_parameters
 
@@ -62,22 +64,22 @@ def test_greedy_batch_of_ragged_prompts_equals_full_forward_passes(model, forwar
 
 
 def test_long_prompts_run_in_chunks(model, forward, monkeypatch):
-    monkeypatch.setattr(Engine, "prefill_chunk", lambda self, batch: 8)
+    monkeypatch.setattr(Sizes, "prefill_chunk", lambda self, batch: 8)
     results = Engine(model).generate(PROMPTS, max_tokens=5)
     assert [r.tokens for r in results] == [greedy_loop(forward, prompt, 5) for prompt in PROMPTS]
 
 
 def test_chunks_with_a_known_history_give_the_same_text(model, forward, monkeypatch):
-    monkeypatch.setattr(Engine, "prefill_chunk", lambda self, batch: 8)
-    monkeypatch.setattr(Engine, "_history", lambda self, held: held)
+    monkeypatch.setattr(Sizes, "prefill_chunk", lambda self, batch: 8)
+    monkeypatch.setattr(Sizes, "history", lambda self, held: held)
     results = Engine(model).generate(PROMPTS, max_tokens=5)
     assert [r.tokens for r in results] == [greedy_loop(forward, prompt, 5) for prompt in PROMPTS]
 
 
 def test_int8_cache_gives_the_same_text_whatever_the_chunks(model, monkeypatch):
     whole = Engine(model, kv_bits=8).generate(PROMPTS, max_tokens=8)
-    monkeypatch.setattr(Engine, "prefill_chunk", lambda self, batch: 4)
-    monkeypatch.setattr(Engine, "_history", lambda self, held: held)
+    monkeypatch.setattr(Sizes, "prefill_chunk", lambda self, batch: 4)
+    monkeypatch.setattr(Sizes, "history", lambda self, held: held)
     assert Engine(model, kv_bits=8).generate(PROMPTS, max_tokens=8) == whole
     with pytest.raises(OptionError, match="kv-bits"):
         Engine(model, kv_bits=4)
@@ -108,21 +110,21 @@ def test_sampled_text_depends_on_the_seed_and_not_on_the_chunks(model):
 
 def test_no_program_is_compiled_twice(model):
     Engine(model).generate([[1] * 17], max_tokens=3)
-    before = prefill.run_layers._cache_size(), engine.decode._cache_size()
+    before = prefill.run_layers._cache_size(), decode_loop.decode._cache_size()
     for length in (18, 20, 24):
         for temperature in (0.3, 0.9):
             sampling = SamplingSettings(temperature=temperature, seed=length)
             Engine(model).generate([[1] * length], max_tokens=length, sampling=sampling)
     assert prefill.run_layers._cache_size() == before[0]
-    assert engine.decode._cache_size() <= before[1] + 1  # one for sampling beside one for greedy
+    assert decode_loop.decode._cache_size() <= before[1] + 1  # one for sampling beside one for greedy
 
 
 def test_prompt_cache_gives_the_same_text_with_less_work(model, monkeypatch):
     prefilled: list[int] = []
-    original = Engine.prefill
+    original = ChunkedPrefill.run
     monkeypatch.setattr(
-        Engine,
-        "prefill",
+        ChunkedPrefill,
+        "run",
         lambda self, cache, prompts, held: prefilled.append(len(prompts[0])) or original(self, cache, prompts, held),
     )
 
@@ -154,7 +156,7 @@ def test_prompt_cache_survives_an_answer_that_was_cut_off(model):
 @pytest.mark.parametrize(
     ("prompts", "max_tokens", "message"),
     [
-        ([[1] * 90], 7, "97 positions.*96"),
+        ([[1] * 90], 7, "90 tokens, .* need 97 positions, .* has 96: ask for at most 6 new tokens"),
         ([[1], []], 5, "prompt 2 of 2 is empty"),
         ([[61]], 5, "vocabulary of 61"),
         ([[1]], 0, "max-tokens"),

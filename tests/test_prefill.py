@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mixllm_jax.generation import Engine, prefill
+from mixllm_jax.generation.sizes import Sizes
 from mixllm_jax.models.cache import KVCache
 from mixllm_jax.models.config import ModelConfig
 from mixllm_jax.models.random_weights import WeightFormat, random_decoder
@@ -54,7 +55,7 @@ def test_layers_of_one_shape_are_one_program_and_are_compiled_ahead():
     runner = Engine(model_of(CONFIG.num_layers, "W8A8"))
     prefill.run_layers.clear_cache()
     cache = jax.eval_shape(lambda: KVCache.zeros(CONFIG, 1, 128, jnp.float32))
-    assert len(list(runner.lower_prefill(cache, 20))) == 3
+    assert len(list(runner.prefill.lower(cache, 20))) == 3
     runner.generate([[1] * 20], max_tokens=3)
     assert prefill.run_layers._cache_size() == 1
 
@@ -74,9 +75,9 @@ def test_a_model_whose_layers_differ_is_cut_once():
 
 def test_rows_without_tokens_in_the_last_chunk_keep_their_logits(monkeypatch):
     model = model_of(2)
-    whole = Engine(model).prefill(KVCache.zeros(model.config, 3, 32, jnp.float32), PROMPTS, 0)[1]
-    monkeypatch.setattr(Engine, "prefill_chunk", lambda self, batch: 4)
-    chunks = Engine(model).prefill(KVCache.zeros(model.config, 3, 32, jnp.float32), PROMPTS, 0)[1]
+    whole = Engine(model).prefill.run(KVCache.zeros(model.config, 3, 32, jnp.float32), PROMPTS, 0)[1]
+    monkeypatch.setattr(Sizes, "prefill_chunk", lambda self, batch: 4)
+    chunks = Engine(model).prefill.run(KVCache.zeros(model.config, 3, 32, jnp.float32), PROMPTS, 0)[1]
     np.testing.assert_allclose(chunks, whole, rtol=1e-4, atol=1e-4)
 
 

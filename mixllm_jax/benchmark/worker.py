@@ -24,7 +24,8 @@ import numpy as np
 from mixllm_jax.benchmark import roofline
 from mixllm_jax.benchmark.cases import Plan
 from mixllm_jax.benchmark.profile import profile
-from mixllm_jax.generation.engine import DECODE_CHUNK, DecodeState, Engine, StopRules, decode, first_token
+from mixllm_jax.generation import Engine
+from mixllm_jax.generation.decode_loop import DECODE_CHUNK, DecodeState, StopRules, decode, first_token
 from mixllm_jax.generation.memory import GB, device_memory, require_memory
 from mixllm_jax.generation.sampling import Sampler, SamplingSettings
 from mixllm_jax.models.cache import KVCache
@@ -74,7 +75,7 @@ class Bench:
         self.plan = plan
         self.sampler = Sampler.from_settings(SamplingSettings())
         # Random weights may well sample a stop token, so there is none.
-        self.stop = StopRules(jnp.full((16,), -1, jnp.int32), jnp.int32(1 << 30))
+        self.stop = StopRules.of((), 1 << 30)
 
     def row_keys(self, batch: int) -> jax.Array:
         """Keys that greedy decoding does not use."""
@@ -95,7 +96,7 @@ class Bench:
 
     def lower_prefill(self, prompt: int, context: int) -> Iterator[jax.stages.Lowered]:
         """The programs of a prompt."""
-        return self.engine.lower_prefill(self.abstract_state(1, context).cache, prompt)
+        return self.engine.prefill.lower(self.abstract_state(1, context).cache, prompt)
 
     def filled_state(self, batch: int, context: int, length: int) -> DecodeState:
         """A decode state whose cache holds `length` random positions of each row."""
@@ -133,7 +134,7 @@ class Bench:
         """The cache in which a prompt is timed: that of a decode case, where one is large enough, has its program."""
         return min(
             (context for context in self.plan.contexts if context > prompt),
-            default=self.engine.cache_length(prompt + 1),
+            default=self.engine.sizes.cache_length(prompt + 1),
         )
 
     def decode_case(self, batch: int, context: int, bandwidth: float) -> dict[str, Any]:
@@ -171,7 +172,7 @@ class Bench:
     def first_token(self, prompt: int, cache: KVCache) -> np.ndarray[Any, Any]:
         """The token after a random prompt, on the host."""
         tokens = np.random.default_rng(1).integers(0, self.engine.model.config.vocab_size, prompt).tolist()
-        _, logits = self.engine.prefill(cache, [tokens], held=0)
+        _, logits = self.engine.prefill.run(cache, [tokens], held=0)
         token, *_ = first_token(self.sampler, self.stop, self.row_keys(1), logits)
         token.copy_to_host_async()
         return np.asarray(token)

@@ -67,7 +67,7 @@ def memory_facts(
     model = abstract_model(reader, dtype, tables)
     flash_attention = flash_attention_takes(model.embedding.dtype, reader.config.head_dim)
     engine = Engine(model, kv_bits=kv_bits, flash_attention=flash_attention)
-    positions = engine.cache_length(context)
+    positions = engine.sizes.cache_length(context)
     estimate = engine.estimate_memory(batch, positions)
     return {
         "batch": batch,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -118,18 +119,66 @@ def require_memory(
     """
     if available is None or estimate(batch, context).peak <= available:
         return
-    raise OutOfDeviceMemoryError(describe_shortage(estimate, batch, context, available))
+    raise OutOfDeviceMemoryError(
+        f"{batch} rows of {context} positions need {estimate(batch, context)}, but the device has "
+        f"{available / GB:.2f} GB: {_what_fits(estimate, batch, context, available)}"
+    )
 
 
-def describe_shortage(estimate: Callable[[int, int], MemoryEstimate], batch: int, context: int, available: int) -> str:
-    """What was asked for, what there is, and what would fit."""
+@contextlib.contextmanager
+def explain_shortage(estimate: Callable[[int, int], MemoryEstimate], batch: int, context: int) -> Iterator[None]:
+    """Where the device runs out of memory within, although the batch should have fitted, says what would fit.
+
+    Raises:
+        OutOfDeviceMemoryError: In place of JAX's error.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        # The estimate was too low, the memory is cut up, or others use it: leave a margin in what is said to fit.
+        need = estimate(batch, context)
+        has = device_memory()
+        fits = _what_fits(estimate, batch, context, int(0.9 * need.peak if has is None else min(0.9 * need.peak, has)))
+        of = "" if has is None else f" of the device's {has / GB:.2f} GB"
+        raise OutOfDeviceMemoryError(
+            f"the device ran out of memory: {batch} rows of {context} positions should need {need}{of}, but other "
+            f"arrays or programs may use some of it: {fits}"
+        ) from error
+
+
+@contextlib.contextmanager
+def explain_shortage_of_weights(model: str) -> Iterator[None]:
+    """Where the device runs out of memory while the weights of `model` are brought to it, says so.
+
+    Raises:
+        OutOfDeviceMemoryError: In place of JAX's error.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        has = device_memory()
+        of = "" if has is None else f" of {has / GB:.2f} GB"
+        raise OutOfDeviceMemoryError(
+            f"the weights of {model} do not fit into the device's memory{of}: quantize the model to fewer bits, or "
+            "free memory that other programs use (mixllm inspect --memory says what a model needs)"
+        ) from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of JAX says so: its own allocator, or CUDA where it loads programs or makes graphs."""
+    text = str(error)
+    return any(sign in text for sign in ("RESOURCE_EXHAUSTED", "CUDA_ERROR_OUT_OF_MEMORY", "ALLOC_FAILED"))
+
+
+def _what_fits(estimate: Callable[[int, int], MemoryEstimate], batch: int, context: int, available: int) -> str:
     rows = largest(lambda rows: estimate(rows, context).peak <= available, batch)
     positions = largest(lambda positions: estimate(batch, positions).peak <= available, context)
     options = [f"{rows} rows of {context} positions"] if rows else []
     options += [f"{batch} rows of {positions} positions"] if positions else []
-    fits = " or ".join(options) if options else "not even one row would fit: use a model with fewer bits per weight"
-    remedy = f"{fits} would fit; an int8 cache (--kv-bits 8) halves the cache" if options else fits
-    return (
-        f"{batch} rows of {context} positions need {estimate(batch, context)}, but the device has "
-        f"{available / GB:.2f} GB: {remedy}"
-    )
+    if not options:
+        return "not even one row would fit: use a model with fewer bits per weight"
+    return f"{' or '.join(options)} would fit; an int8 cache (--kv-bits 8) halves the cache"

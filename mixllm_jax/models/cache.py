@@ -2,14 +2,12 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
-from mixllm_jax.errors import OptionError
 from mixllm_jax.models.config import ModelConfig
 from pallas_kernels.kv_cache import LayerCache
 
@@ -46,16 +44,3 @@ def _zeros(config: ModelConfig, batch: int, max_length: int, dtype: jnp.dtype) -
     )
     return KVCache(layers, jnp.zeros((batch,), jnp.int32))
 
-
-def require_room(prompt_lengths: Sequence[int], new_tokens: int, max_length: int) -> None:
-    """Checks on the host, before any work, that prompts and the tokens to be generated fit into `max_length`.
-
-    Raises:
-        OptionError: The longest prompt leaves too little room.
-    """
-    longest = max(prompt_lengths, default=0)
-    if longest + new_tokens > max_length:
-        raise OptionError(
-            f"a prompt of {longest} tokens and {new_tokens} new tokens need {longest + new_tokens} positions, but the "
-            f"context has {max_length}: shorten the prompt or ask for fewer new tokens"
-        )

@@ -166,7 +166,7 @@ class Decoder(nnx.Module):
 
         Returns:
             Float32 logits `[batch, length, vocab]`, or `[batch, vocab]` with `last_only`; and the cache. The caller
-            keeps `cache.lengths + lengths` within `cache.max_length` (`cache.require_room` checks it on the host).
+            keeps `cache.lengths + lengths` within `cache.max_length`.
 
         Raises:
             ValueError: `tokens` is longer than the whole cache.
