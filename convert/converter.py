@@ -12,7 +12,7 @@ from convert.hub import find_checkpoint
 from convert.safetensors_reader import SafetensorsReader, read_index
 from convert.tensors import FLOAT_DTYPES, TensorReader, check_finite, check_tensors
 from convert.torch_reader import TorchReader
-from mixllm_jax.checkpoint import CheckpointWriter
+from mixllm_jax.checkpoint import METADATA_FILE, CheckpointWriter, check_target
 from mixllm_jax.errors import CheckpointError, OptionError
 from mixllm_jax.models.config import ModelConfig
 
@@ -76,7 +76,10 @@ def convert_from_hf(
         MixLLMError: The input is damaged, incomplete or unsupported, or the output cannot be written.
     """
     _check_dtype(dtype)
+    check_target(out_dir, overwrite=overwrite)  # before a model is downloaded
     folder = find_checkpoint(path_or_id)
+    if (folder / METADATA_FILE).is_file():
+        raise CheckpointError(f"{folder} is a converted model folder already; mixllm takes it as it is")
     config = hf_config.read_config(folder)
 
     def copy_companions(writer: CheckpointWriter) -> None:
@@ -98,9 +101,11 @@ def convert_from_gguf(
     With `auto`, quantised tensors become float32, which holds their values exactly.
     """
     _check_dtype(dtype)
+    check_target(out_dir, overwrite=overwrite)
     file = Path(file).expanduser()
     if not file.is_file():
-        raise CheckpointError(f"{file} is not a file; give a .gguf file")
+        reason = "is a folder; give the .gguf file in it" if file.is_dir() else "does not exist"
+        raise CheckpointError(f"--from-gguf {file} {reason}")
     # Late: the package gguf is of no use to any other conversion.
     from convert import gguf_config, gguf_tokenizer
     from convert.gguf_reader import GGUFReader
@@ -159,6 +164,11 @@ def _open_shards(index: Path, open_files: Callable[[list[Path]], TensorReader]) 
 def _convert(source: _Source, out_dir: Path, dtype: str, overwrite: bool, progress: bool) -> Conversion:
     """Checks all names and shapes first, then reads, checks and writes one part at a time."""
     config, naming = source.config, source.naming
+    if config.num_layers > len(source.reader.shapes):  # before as many names are made as the number says
+        raise CheckpointError(
+            f"{source.where}: the configuration says {config.num_layers} layers, but there are only "
+            f"{len(source.reader.shapes)} tensors: the configuration is wrong, or of another model"
+        )
     check_tensors(
         names.expected_tensors(naming, config),
         source.reader.shapes,

@@ -82,7 +82,12 @@ def _rope_scaling(reader: GGUFReader, architecture: str, theta: float, head_dim:
     if kind == "none":
         return None
     if kind == "linear":
-        return RopeScaling("linear", float(reader.metadata(f"{architecture}.rope.scaling.factor", 1.0)))
+        factor = reader.metadata(f"{architecture}.rope.scaling.factor", 1.0)
+        if not isinstance(factor, int | float) or not 0 < factor < float("inf"):
+            raise CheckpointError(
+                f"metadata {architecture}.rope.scaling.factor must be a positive number, found {factor!r}"
+            )
+        return RopeScaling("linear", float(factor))
     raise UnsupportedModelError(f"{reader.path}: unsupported rope scaling {kind!r}; supported are linear and llama3")
 
 

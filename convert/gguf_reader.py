@@ -35,7 +35,10 @@ class GGUFReader:
                 )  # NumPy warns of overflowing sizes in damaged headers; they end in errors
                 self._reader = gguf.GGUFReader(path)
         except Exception as error:  # the reader trusts the file: damage shows as whatever NumPy raises
-            size = path.stat().st_size if path.exists() else 0
+            with open(path, "rb") as file:
+                if file.read(4) != b"GGUF":
+                    raise CheckpointError(f"{path} is not a GGUF file: it does not begin with GGUF") from error
+            size = path.stat().st_size
             raise CheckpointError(
                 f"{path} ({size} bytes) is not a whole GGUF file: {str(error) or type(error).__name__}. It was "
                 "probably cut short or damaged on the way: download it again"

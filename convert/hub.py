@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-from mixllm_jax.errors import CheckpointError, StorageError
+from convert.hf_config import read_config
+from mixllm_jax.errors import CheckpointError, MixLLMError, StorageError
 
 _ALONGSIDE = ["*.json", "*.jinja", "tokenizer.model", "merges.txt"]
 # Some repositories hold the weights a second time in their authors' own format.
@@ -15,6 +16,7 @@ def find_checkpoint(path_or_id: str) -> Path:
 
     Raises:
         CheckpointError: Neither a folder nor shaped like a hub id.
+        UnsupportedModelError: The model on the hub is of a kind we do not run; its weights are not downloaded.
         StorageError: The hub cannot be reached, or has no such model, or does not let us have it.
     """
     path = Path(path_or_id).expanduser()
@@ -32,12 +34,15 @@ def _download(model_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    def download(weights: str) -> Path:
-        return Path(snapshot_download(model_id, allow_patterns=[*_ALONGSIDE, weights], ignore_patterns=_DUPLICATES))
+    def download(*weights: str) -> Path:
+        return Path(snapshot_download(model_id, allow_patterns=[*_ALONGSIDE, *weights], ignore_patterns=_DUPLICATES))
 
     try:
+        read_config(download())  # a model that we cannot run is refused before its gigabytes come
         folder = download("*.safetensors")
         return folder if any(folder.glob("*.safetensors")) else download("*.bin")
+    except MixLLMError:
+        raise
     except GatedRepoError as error:
         raise StorageError(
             f"{model_id}: its owner asks for an agreement. Accept it on the model's page and log in (hf auth login)"

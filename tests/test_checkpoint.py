@@ -132,6 +132,27 @@ def test_overwrite_refuses_a_folder_that_is_no_model(tmp_path):
     assert (tmp_path / "photos" / "holiday.jpg").read_text() == "precious"
 
 
+@pytest.mark.parametrize("path", ["/", "{tmp_path}/x/..", "//"])
+def test_a_path_that_ends_in_no_name_is_refused(tmp_path, path):
+    with pytest.raises(OptionError, match="by its name"):
+        CheckpointWriter(path.format(tmp_path=tmp_path), METADATA)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"model: cannot write: .*/file/.model.partial: Not a directory"):
+        CheckpointWriter(tmp_path / "file" / "model", METADATA)
+
+
+def test_more_layers_than_the_folder_lists(tmp_path):
+    file = write(tmp_path / "model") / METADATA_FILE
+    metadata = json.loads(file.read_text())
+    file.write_text(json.dumps(metadata | {"config": metadata["config"] | {"num_layers": 10**12}}))
+    with pytest.raises(CheckpointError, match="says 1000000000000 layers and lists 3 parts"):
+        CheckpointReader(file.parent)
+
+
 def test_failed_write_leaves_nothing_and_keeps_the_old_folder(tmp_path):
     path = write(tmp_path / "model")
     before = files(path)

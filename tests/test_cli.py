@@ -135,12 +135,20 @@ def test_folder_without_tokenizer(folder, tmp_path, capsys):
     assert "no tokenizer" in capsys.readouterr().err
 
 
-def test_usage_errors_exit_with_2(capsys):
-    for command in ([], ["nonsense"], ["generate"], ["generate", "x", "--no-such-option"]):
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main(command)
-        assert exit_info.value.code == 2
-    capsys.readouterr()
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        ([], "quantize a model folder"),
+        (["nonsense"], "invalid choice: 'nonsense'"),
+        (["generate"], "mixllm generate"),
+        (["generate", "x", "--prompt", "y", "--no-such-option"], "mixllm generate: error: unrecognized arguments"),
+    ],
+)
+def test_usage_errors_exit_with_2_and_show_the_usage(capsys, command, shown):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(command)
+    assert exit_info.value.code == 2
+    assert shown in capsys.readouterr().err
 
 
 def test_help_imports_no_jax():
@@ -164,6 +172,11 @@ def test_exit_codes(capsys):
     assert capsys.readouterr().err == "error: what and why\n"
     assert fail(NotImplementedError("no GPU here")) == 1
     assert fail(KeyboardInterrupt()) == 130
+    capsys.readouterr()
+    assert fail(PermissionError(13, "Permission denied", "/no/entry")) == 1
+    assert capsys.readouterr().err == "error: /no/entry: Permission denied\n"
+    with pytest.raises(OSError, match="of no file"):
+        fail(OSError("of no file"))
     with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
         fail(ZeroDivisionError())
 

@@ -284,18 +284,35 @@ class TestHub:
         asked = []
 
         def download(model_id, *, allow_patterns, ignore_patterns):
-            asked.append(allow_patterns)
+            asked.append([pattern for pattern in allow_patterns if pattern in ("*.safetensors", "*.bin")])
+            (tmp_path / "config.json").write_text(json.dumps(LLAMA))
             if "*.bin" in allow_patterns:
                 (tmp_path / "pytorch_model.bin").touch()
             return str(tmp_path)
 
         monkeypatch.setattr("huggingface_hub.snapshot_download", download)
         assert hub.find_checkpoint("owner/name") == tmp_path
-        assert ["*.bin" in patterns for patterns in asked] == [False, True]
+        assert asked == [[], ["*.safetensors"], ["*.bin"]]
         (tmp_path / "model.safetensors").touch()
         asked.clear()
         hub.find_checkpoint("owner/name")
-        assert ["*.bin" in patterns for patterns in asked] == [False]
+        assert asked == [[], ["*.safetensors"]]
+
+    def test_nothing_is_downloaded_in_vain(self, tmp_path, monkeypatch, capsys):
+        asked = []
+
+        def download(model_id, *, allow_patterns, ignore_patterns):
+            asked.append(allow_patterns)
+            (tmp_path / "config.json").write_text(json.dumps({"architectures": ["MixtralForCausalLM"]}))
+            return str(tmp_path)
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+        assert convert(["--from-hf", "owner/name", "--out", str(tmp_path / "out")]) == 1
+        assert "unsupported architecture 'MixtralForCausalLM'" in capsys.readouterr().err
+        assert not {"*.safetensors", "*.bin"} & set(asked.pop())
+        assert convert(["--from-hf", "owner/name", "--out", str(tmp_path)]) == 1
+        assert "it is left as it is" in capsys.readouterr().err
+        assert asked == []
 
     def test_offline(self, monkeypatch, tmp_path):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -309,6 +326,12 @@ class TestHub:
         (tmp_path / "model.gguf").touch()
         with pytest.raises(CheckpointError, match="--from-gguf"):
             hub.find_checkpoint(str(tmp_path / "model.gguf"))
+
+    def test_a_converted_folder(self, tmp_path, capsys):
+        write_checkpoint(tmp_path / "hf")
+        assert convert(["--from-hf", str(tmp_path / "hf"), "--out", str(tmp_path / "model")]) == 0
+        assert convert(["--from-hf", str(tmp_path / "model"), "--out", str(tmp_path / "again")]) == 1
+        assert "is a converted model folder already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])

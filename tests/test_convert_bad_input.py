@@ -1,6 +1,8 @@
 """Damaged, incomplete and contradictory checkpoints: one clear error, and nothing left behind."""
 
+import copy
 import json
+import math
 import signal
 import struct
 import subprocess
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from test_convert import LLAMA, write_checkpoint
 
 from convert.__main__ import main as convert
+from convert.hf_config import translate_config
 from convert.safetensors_reader import SafetensorsReader
 from mixllm_jax.checkpoint import CheckpointReader
 from mixllm_jax.errors import MixLLMError
@@ -78,11 +81,52 @@ def test_all_mismatches_in_one_error(tmp_path, capsys):
         ({"attention_bias": True}, "missing: model.layers.[0-1].self_attn.o_proj.bias [8]"),
         ({"hidden_act": "gelu"}, "config.json: unsupported activation function 'gelu'"),
         ({"architectures": ["BertModel"], "model_type": "bert"}, "supported are LlamaForCausalLM"),
+        ({"model_type": "mixtral"}, "unsupported model_type 'mixtral' of architecture 'LlamaForCausalLM'"),
+        ({"num_hidden_layers": 10**9}, "says 1000000000 layers, but there are only 21 tensors"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false, found 'false'"),
     ],
 )
 def test_config_that_contradicts_the_tensors(checkpoint, tmp_path, capsys, changes, message):
     (checkpoint / "config.json").write_text(json.dumps(LLAMA | changes))
     assert message in fails(checkpoint, tmp_path / "out", capsys)
+
+
+JUNK = [None, True, 0, -1, 2.5, 10**400, float("inf"), float("nan"), "", "x", [], [3], ["x"], {}, {"x": {}}]
+VARIANTS = [
+    {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+    {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4},
+    {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": 1,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+]
+OPTIONAL = ("head_dim", "mlp_bias", "quantization_config", "partial_rotary_factor", "rope_theta", "rope_parameters")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_junk_for_any_value_of_the_config_is_an_error_or_a_model(variant):
+    """What comes out is a configuration whose numbers are numbers, or an error of ours."""
+    values = LLAMA | variant
+    places = [(key,) for key in {*values, *OPTIONAL}]
+    places += [("rope_scaling", key) for key in values.get("rope_scaling", ())]
+    refused = 0
+    for place in places:
+        for junk in JUNK:
+            changed = copy.deepcopy(values)
+            owner = changed[place[0]] if len(place) == 2 else changed
+            owner[place[-1]] = junk
+            try:
+                config = translate_config(changed)
+            except MixLLMError:
+                refused += 1
+            else:
+                assert math.isfinite(config.rope_theta * config.norm_epsilon), (place, junk)
+    assert refused > len(places) * len(JUNK) / 3
 
 
 @pytest.mark.parametrize(("content", "message"), [("{", "not valid JSON"), ("[1]", "must hold a JSON object")])

@@ -11,11 +11,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from convert.__main__ import main as convert
 from mixllm_jax.checkpoint import CheckpointReader
+from mixllm_jax.errors import MixLLMError
 from mixllm_jax.models.config import ModelConfig, RopeScaling
 
 gguf = pytest.importorskip("gguf", reason="GGUF files are read and written with the package gguf")
 from gguf_files import random_tensors, write_gguf  # noqa: E402
 
+from convert.gguf_config import read_config  # noqa: E402
 from convert.gguf_reader import GGUFReader  # noqa: E402
 
 SMALL = ModelConfig(
@@ -231,18 +233,36 @@ def test_metadata_that_contradict_the_tensors(tmp_path, capsys, metadata, messag
 def test_damaged_files(tmp_path, capsys):
     intact = write_gguf(tmp_path / "m.gguf", SMALL, random_tensors(SMALL)).read_bytes()
     damaged = tmp_path / "damaged.gguf"
-    for content in (
-        b"",
-        intact[:3],
-        intact[:700],
-        intact[:-1000],
-        b"GGML" + intact[4:],
-        intact[:8] + b"\xff" * 8 + intact[16:],
-    ):
+    for content in (intact[:6], intact[:700], intact[:-1000], intact[:8] + b"\xff" * 8 + intact[16:]):
         damaged.write_bytes(content)
         message = fails(damaged, tmp_path / "out", capsys)
         assert f"damaged.gguf ({len(content)} bytes) is not a whole GGUF file" in message
-    assert "is not a file" in fails(tmp_path / "absent.gguf", tmp_path / "out", capsys)
+    for content in (b"", intact[:3], b"GGML" + intact[4:]):
+        damaged.write_bytes(content)
+        assert "does not begin with GGUF" in fails(damaged, tmp_path / "out", capsys)
+    assert "does not exist" in fails(tmp_path / "absent.gguf", tmp_path / "out", capsys)
+    assert "is a folder; give the .gguf file in it" in fails(tmp_path, tmp_path / "out", capsys)
+
+
+def test_junk_in_the_metadata_is_an_error_or_a_model(tmp_path):
+    """Whatever type a value has: a configuration, or an error of ours."""
+    keys = [
+        "attention.head_count", "attention.head_count_kv", "attention.key_length", "block_count", "context_length",
+        "embedding_length", "feed_forward_length", "attention.layer_norm_rms_epsilon", "rope.freq_base", "vocab_size",
+        "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "attention.sliding_window", "expert_count",
+    ]  # fmt: skip
+    tensors, refused = random_tensors(SMALL), 0
+    for key in keys:
+        for junk in (0, 10**9, 2.5, float("nan"), "x"):
+            linear = {"rope.scaling.type": "linear"} if key == "rope.scaling.factor" else {}
+            file = write_gguf(tmp_path / "m.gguf", SMALL, tensors, metadata={**linear, key: junk})
+            try:
+                read_config(GGUFReader(file))
+            except MixLLMError:
+                refused += 1
+            else:
+                assert not (isinstance(junk, float) and np.isnan(junk)), key
+    assert refused > len(keys) * 3
 
 
 def test_tensors_that_share_bytes(tmp_path, capsys):

@@ -9,6 +9,6 @@ The same arrays give the same bytes: one uncompressed file per array, no times, 
 
 from mixllm_jax.checkpoint.layout import FORMAT_VERSION, METADATA_FILE, Part
 from mixllm_jax.checkpoint.reader import CheckpointReader
-from mixllm_jax.checkpoint.writer import CheckpointWriter
+from mixllm_jax.checkpoint.writer import CheckpointWriter, check_target
 
-__all__ = ["FORMAT_VERSION", "METADATA_FILE", "CheckpointReader", "CheckpointWriter", "Part"]
+__all__ = ["FORMAT_VERSION", "METADATA_FILE", "CheckpointReader", "CheckpointWriter", "Part", "check_target"]

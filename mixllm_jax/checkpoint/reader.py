@@ -35,7 +35,13 @@ class CheckpointReader:
             self.config = ModelConfig.from_dict(self.metadata["config"])
         except CheckpointError as error:
             raise CheckpointError(f"{self.path / METADATA_FILE}: {error}") from error
-        parts, expected = self.metadata["parts"], self.config.part_names()
+        parts = self.metadata["parts"]
+        if self.config.num_layers > len(parts):  # before as many names are made as the number says
+            raise CheckpointError(
+                f"{self.path}: {METADATA_FILE} says {self.config.num_layers} layers and lists {len(parts)} parts. "
+                "The folder is damaged: copy it again, or convert or quantize the model again."
+            )
+        expected = self.config.part_names()
         missing = [n for n in expected if n not in parts or not (self.path / "parts" / n).is_dir()]
         if missing:
             raise CheckpointError(

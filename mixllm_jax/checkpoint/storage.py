@@ -18,6 +18,11 @@ _ORBAX_NOISE = (
 )
 
 
+def import_orbax() -> None:
+    """Imports Orbax now rather than when it is first used."""
+    from orbax.checkpoint import v1  # noqa: F401
+
+
 def _orbax_context() -> Any:
     from orbax.checkpoint import v1 as ocp
 

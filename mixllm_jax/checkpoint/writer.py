@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from mixllm_jax.checkpoint.layout import FORMAT_VERSION, KINDS, METADATA_FILE, describe, flatten
-from mixllm_jax.checkpoint.storage import save_arrays, sync_directory, to_json, write_file_atomically
+from mixllm_jax.checkpoint.storage import import_orbax, save_arrays, sync_directory, to_json, write_file_atomically
 from mixllm_jax.errors import OptionError, OutputExistsError, StorageError
 from mixllm_jax.models.config import ModelConfig
 
@@ -49,9 +49,9 @@ class CheckpointWriter:
     def __init__(
         self, out_dir: str | Path, metadata: Mapping[str, Any], overwrite: bool = False, *, resume: bool = False
     ) -> None:
-        self.out_dir = Path(out_dir).absolute()
+        self.out_dir = _folder_path(out_dir)
         self.partial_dir = self.out_dir.with_name(f".{self.out_dir.name}.partial")
-        self._retired_dir = self.out_dir.with_name(f".{self.out_dir.name}.old")
+        self._retired_dir = _retired(self.out_dir)
         self._resume = resume
         self._finished = False
         if metadata.get("kind") not in KINDS or not isinstance(metadata.get("config"), Mapping):
@@ -61,7 +61,8 @@ class CheckpointWriter:
             **json.loads(json.dumps(metadata)),
             "tool_versions": {name: _version(name) for name in _TOOLS} | {"python": platform.python_version()},
         }
-        self._check_target(overwrite)
+        check_target(out_dir, overwrite=overwrite)
+        import_orbax()  # seconds, in which Ctrl-C ends the process at once: before there is anything to clean up
         with _readable_os_errors(self.out_dir):
             self.partial_dir.mkdir(parents=True, exist_ok=True)
             self._lock = self._take_lock()
@@ -154,22 +155,6 @@ class CheckpointWriter:
     def _manifest_path(self, name: str) -> Path:
         return self._state_dir / f"part_{name}.json"
 
-    def _check_target(self, overwrite: bool) -> None:
-        if self._retired_dir.exists() and not self.out_dir.exists():
-            self._retired_dir.rename(self.out_dir)  # killed between the two renames of `finish`
-        if self.out_dir.is_dir() and not any(self.out_dir.iterdir()):
-            return
-        if self.out_dir.exists() and not (self.out_dir / METADATA_FILE).exists():
-            raise OutputExistsError(
-                f"{self.out_dir} exists and is not a model folder of this program; it is left as it is. "
-                "Choose another --out."
-            )
-        if self.out_dir.exists() and not overwrite:
-            raise OutputExistsError(
-                f"{self.out_dir} exists already; it is left as it is. "
-                "Choose another --out, or pass --overwrite to replace it."
-            )
-
     def _take_lock(self) -> Any:
         lock = open(self.partial_dir / _LOCK_FILE, "w")  # noqa: SIM115  (held until the writer is done)
         try:
@@ -201,11 +186,46 @@ class CheckpointWriter:
         write_file_atomically(run_file, to_json(self._metadata))
 
 
+def check_target(out_dir: str | Path, *, overwrite: bool = False) -> None:
+    """Checks that a model folder may be written there: to be called before work that it would be a pity to lose.
+
+    Raises:
+        OptionError: not the path of a folder.
+        OutputExistsError: as `CheckpointWriter`.
+    """
+    out_dir = _folder_path(out_dir)
+    if _retired(out_dir).exists() and not out_dir.exists():
+        _retired(out_dir).rename(out_dir)  # killed between the two renames of `finish`
+    if out_dir.is_dir() and not any(out_dir.iterdir()):
+        return
+    if out_dir.exists() and not (out_dir / METADATA_FILE).exists():
+        raise OutputExistsError(
+            f"{out_dir} exists and is not a model folder of this program; it is left as it is. Choose another --out."
+        )
+    if out_dir.exists() and not overwrite:
+        raise OutputExistsError(
+            f"{out_dir} exists already; it is left as it is. Choose another --out, or pass --overwrite to replace it."
+        )
+
+
+def _folder_path(out_dir: str | Path) -> Path:
+    """The absolute path, which ends in a name: what is unfinished or replaced lies beside it under a name like it."""
+    path = Path(out_dir).absolute()
+    if path.name in ("", ".."):
+        raise OptionError(f"--out {out_dir}: give the folder to create by its name.")
+    return path
+
+
+def _retired(out_dir: Path) -> Path:
+    """Where the folder that is being replaced waits."""
+    return out_dir.with_name(f".{out_dir.name}.old")
+
+
 def _check_free_space(out_dir: Path, folder: Path, nbytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < nbytes + (1 << 20):
+    free, needed = shutil.disk_usage(folder).free, nbytes + (1 << 20)
+    if free < needed:
         raise StorageError(
-            f"{out_dir}: the disk is full: {nbytes / 1e6:.1f} MB are needed for the next part, "
+            f"{out_dir}: the disk is full: {needed / 1e6:.1f} MB are needed for the next part, "
             f"{free / 1e6:.1f} MB are free. {_DISK_REMEDY}"
         )
 
@@ -221,9 +241,15 @@ def _readable_os_errors(out_dir: Path) -> Iterator[None]:
         )
         if not full and not isinstance(error, OSError) and "os_error_code" not in str(error):
             raise
-        reason = "the disk is full" if full else f"cannot write: {error}"
+        reason = "the disk is full" if full else f"cannot write: {_without_number(error)}"
         remedy = _DISK_REMEDY if full else _WRITE_REMEDY
         raise StorageError(f"{out_dir}: {reason}. {remedy}") from error
+
+
+def _without_number(error: OSError | ValueError) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _version(package: str) -> str:

@@ -23,8 +23,8 @@ VERBS = {
 }
 
 
-def build_parser(verb: str | None) -> argparse.ArgumentParser:
-    """The parser with the arguments of one verb; the other verbs are there by name alone."""
+def build_parser(verb: str) -> argparse.ArgumentParser:
+    """The parser with the arguments of one verb, if it is one; the other verbs are there by name alone."""
     parser = argparse.ArgumentParser(
         prog="mixllm", description="Mixed 4/8-bit quantization of language models in JAX (MixLLM, arXiv 2412.14590)."
     )
@@ -37,7 +37,7 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
         if name == verb:
             verb_module = importlib.import_module(module)
             verb_module.add_arguments(subparser)
-            subparser.set_defaults(run=verb_module.run)
+            subparser.set_defaults(run=verb_module.run, parser=subparser)
     return parser
 
 
@@ -58,8 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run_verb(words: list[str]) -> None:
     keep_compiled_programs()
-    verb = words[0] if words and words[0] in VERBS else None
-    arguments = build_parser(verb).parse_args(words)
+    parser = build_parser(words[0] if words else "")
+    if not words:
+        parser.print_help(sys.stderr)
+        parser.exit(2)
+    arguments, unknown = parser.parse_known_args(words)
+    if unknown:  # by the verb's own parser, which shows the verb's usage
+        arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     arguments.run(arguments)
 
 

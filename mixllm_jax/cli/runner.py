@@ -20,8 +20,9 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 def run_command(command: Callable[[], None]) -> int:
     """Runs a command; returns 0, or prints one message and returns an error code.
 
-    Errors that the user can act on are `MixLLMError`s, and `NotImplementedError`s of a kernel that cannot run here.
-    Anything else is a bug of ours and keeps its traceback.
+    Errors that the user can act on are `MixLLMError`s, `NotImplementedError`s of a kernel that cannot run here, and
+    what the system says of a file by name (no permission, a read-only disk). Anything else is a bug of ours and keeps
+    its traceback.
     """
     try:
         with _interruptible_imports():
@@ -36,6 +37,11 @@ def run_command(command: Callable[[], None]) -> int:
     except BrokenPipeError:
         # The reader of our output (such as `head`) has had enough. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return EXIT_ERROR
     return 0
 
