@@ -11,11 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mixllm_jax.errors import MixLLMError
-    from mixllm_jax.loading import LoadedModel, load
+    from mixllm_jax.generation.completion import Completion
+    from mixllm_jax.loaded_model import LoadedModel
+    from mixllm_jax.loading import load
 
-__all__ = ["LoadedModel", "MixLLMError", "load"]
+__all__ = ["Completion", "LoadedModel", "MixLLMError", "load"]
 
-_HOMES = {"load": "loading", "LoadedModel": "loading", "MixLLMError": "errors"}
+_HOMES = {
+    "Completion": "generation.completion",
+    "LoadedModel": "loaded_model",
+    "MixLLMError": "errors",
+    "load": "loading",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -122,7 +122,7 @@ def calibration_sequences(
     if source is not None and Path(source).suffix == ".npy":
         return _read_token_file(Path(source), samples, sequence_length)
     text = read_text(source)
-    from mixllm_jax.loading import load_tokenizer
+    from mixllm_jax.loaded_model import load_tokenizer
 
     tokenizer = load_tokenizer(model_path)
     # No special tokens: windows come from the middle of the text, which may be longer than the context (verbose=False).

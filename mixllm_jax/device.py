@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
+import jax
+import jax.numpy as jnp
+
 from mixllm_jax.errors import MixLLMError
-from pallas_kernels import registry
+from pallas_kernels import quantize_activations, registry
 from pallas_kernels.packing import GROUP_SIZES
 
 OLDEST_CAPABILITY = (8, 0)
@@ -21,7 +26,12 @@ def require_kernels(group_size: int, implementation: str) -> None:
 
     Raises:
         UnsupportedDeviceError: The GPU is too old, or no kernel takes the group size.
+        NotImplementedError: A kernel was asked for by name that cannot run here; says why.
     """
+    if implementation not in ("auto", "xla"):
+        activations = jax.ShapeDtypeStruct((1, group_size), jnp.bfloat16)
+        quantize = functools.partial(quantize_activations, group_size=group_size, implementation=implementation)
+        jax.eval_shape(quantize, activations)
     if implementation == "xla" or registry.default_platform() != "gpu":
         return
     remedy = "use a CPU (JAX_PLATFORMS=cpu), or --implementation xla, which is exact but slow"

@@ -6,6 +6,10 @@ from pathlib import Path
 import jax
 import pytest
 
+# Loading a model makes JAX keep programs on disk: what an earlier run left there should not take part in a test.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    jax.config.update("jax_enable_compilation_cache", False)
+
 
 @pytest.fixture
 def exact_matmul():

@@ -24,6 +24,7 @@ import numpy as np
 from mixllm_jax.benchmark import roofline
 from mixllm_jax.benchmark.cases import Plan
 from mixllm_jax.benchmark.profile import profile
+from mixllm_jax.device import require_kernels
 from mixllm_jax.generation import Engine
 from mixllm_jax.generation.decode_loop import DECODE_CHUNK, DecodeState, StopRules, decode, first_token
 from mixllm_jax.generation.memory import GB, device_memory, require_memory
@@ -31,7 +32,7 @@ from mixllm_jax.generation.sampling import Sampler, SamplingSettings
 from mixllm_jax.models.cache import KVCache
 from mixllm_jax.models.decoder import Decoder
 from mixllm_jax.models.presets import preset
-from mixllm_jax.models.random_weights import WeightFormat, random_array, random_decoder
+from mixllm_jax.models.random_weights import WeightFormat, fitting_group_size, random_array, random_decoder
 from pallas_kernels.kv_cache import LayerCache
 
 _PREFILL_REPEATS = 3
@@ -62,6 +63,8 @@ def build_model(plan: Plan) -> Decoder:
         lm_head_bits=plan.lm_head_bits,
         embedding_bits=plan.embedding_bits,
     )
+    if weights.eight_bit_share is not None:
+        require_kernels(fitting_group_size(config), "auto")  # figures of the slow reference are no figures
     dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
     return random_decoder(config, weights, dtype=dtype)
 

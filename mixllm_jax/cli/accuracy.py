@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     from mixllm_jax.cli.perplexity import read_text
     from mixllm_jax.evaluation.accuracy import ROWS, environment, measure_rows, quantize_rows
     from mixllm_jax.evaluation.perplexity import cut_sequences, format_table
-    from mixllm_jax.loading import load_tokenizer
+    from mixllm_jax.loaded_model import load_tokenizer
     from mixllm_jax.quantization.scheme import QuantizationScheme, choose_group_size
 
     if arguments.out is not None and not arguments.out.absolute().parent.is_dir():

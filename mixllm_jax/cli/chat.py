@@ -13,7 +13,8 @@ from mixllm_jax.errors import OptionError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mixllm_jax.loading import GenerationOptions, LoadedModel, Message
+    from mixllm_jax.generation.completion import GenerationOptions
+    from mixllm_jax.loaded_model import LoadedModel, Message
 
 _HELP = (
     "/reset begins anew, /system TEXT begins anew with a system message, /exit or Ctrl-D ends; Ctrl-C stops an answer"

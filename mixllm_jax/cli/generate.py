@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mixllm_jax.cli.options import add_execution_options, add_sampling_options, load_model, sampling_options
 from mixllm_jax.errors import OptionError
+
+if TYPE_CHECKING:
+    from mixllm_jax.generation.completion import Completion
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat", action="store_true", help="ask under the model's chat template")
     parser.add_argument("--system", metavar="TEXT", help="system message (with --chat)")
     parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeat it for several"
+    )
+    parser.add_argument("--echo", action="store_true", help="print the prompt before its continuation")
+    parser.add_argument(
         "--random-weights",
         metavar="NAME",
         help="shapes of a known model, such as llama-3.1-8b, made on the device: a prompt's bytes are its tokens, "
@@ -40,32 +47,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints the text; what it took goes to standard error."""
+    """Prints the text; what it took goes to standard error, where someone is watching."""
     if (arguments.folder is None) == (arguments.random_weights is None):
         raise OptionError("give either a model folder or --random-weights NAME")
     if arguments.folder is not None and arguments.scheme is not None:
         raise OptionError(f"--scheme is for --random-weights: {arguments.folder} has its format, leave --scheme out")
     options: dict[str, Any] = {**sampling_options(arguments)}
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in arguments.prompt]
-    start = time.monotonic()
     if arguments.random_weights is not None:
         _generate_tokens(arguments, prompts, options)
     else:
         _generate_text(arguments, prompts, options)
-    if sys.stderr.isatty():
-        print(f"({time.monotonic() - start:.1f} s)", file=sys.stderr)
 
 
 def _generate_text(arguments: argparse.Namespace, prompts: list[str], options: dict[str, Any]) -> None:
-    settings: Any = {**options, "chat": arguments.chat, "system": arguments.system}
+    from mixllm_jax.generation.completion import checked_options
+
+    own: Any = {name: getattr(arguments, name) for name in ("chat", "system", "stop", "echo")}
+    settings = {**options, **own}
+    checked_options(settings)  # complains before a model is loaded
     model = load_model(arguments.folder, arguments)
     if len(prompts) == 1:
-        for piece in model.stream(prompts[0], **settings):
-            print(piece, end="", flush=True)
-        print()
-        return
-    for prompt, answer in zip(prompts, model.generate(prompts, **settings), strict=True):
-        print(f"=== {prompt}\n{answer}\n")
+        completions = [_print_pieces(model.stream(prompts[0], **settings))]
+    else:
+        completions = model.complete(prompts, **settings)
+        for prompt, completion in zip(prompts, completions, strict=True):
+            print(f"=== {prompt}\n{completion.text}\n")
+    if sys.stderr.isatty():
+        print(_describe(completions), file=sys.stderr)
+
+
+def _print_pieces(pieces: Generator[str, None, Completion]) -> Completion:
+    while True:
+        try:
+            print(next(pieces), end="", flush=True)
+        except StopIteration as end:
+            print()
+            completion: Completion = end.value
+            return completion
+
+
+def _describe(completions: list[Completion]) -> str:
+    """How much text it was, and how fast it came."""
+    prompt_tokens, tokens = sum(c.prompt_tokens for c in completions), sum(len(c.tokens) for c in completions)
+    first = completions[0].first_token_seconds
+    text = f"({prompt_tokens} tokens of prompt, first token after {first:.2f} s; {tokens} new tokens"
+    speed = sum(completion.tokens_per_second or 0.0 for completion in completions)
+    return text + (f", {speed:.1f} a second)" if speed else ")")
 
 
 def _generate_tokens(arguments: argparse.Namespace, prompts: list[str], options: dict[str, Any]) -> None:
@@ -78,6 +106,8 @@ def _generate_tokens(arguments: argparse.Namespace, prompts: list[str], options:
 
     if arguments.chat or arguments.system is not None:
         raise OptionError("random weights have no chat template: give the prompt without --chat and --system")
+    if arguments.stop or arguments.echo:
+        raise OptionError("random weights make no text: leave out --stop and --echo")
     config = preset(arguments.random_weights)
     weights = WeightFormat.from_name(
         arguments.scheme or "W4.4A8",

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mixllm_jax.loading import GenerationOptions, LoadedModel
+    from mixllm_jax.generation.completion import GenerationOptions
+    from mixllm_jax.loaded_model import LoadedModel
 
 
 def add_execution_options(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ from mixllm_jax.errors import OptionError
 
 if TYPE_CHECKING:
     from mixllm_jax.evaluation.cached import ThroughInt8Cache
-    from mixllm_jax.loading import LoadedModel
+    from mixllm_jax.loaded_model import LoadedModel
     from mixllm_jax.models.decoder import Decoder
 
 

@@ -15,6 +15,8 @@ from mixllm_jax.errors import MixLLMError
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+COMPILED_BYTES = 2 << 30
+"""Most bytes of compiled programs on disk."""
 
 
 def run_command(command: Callable[[], None]) -> int:
@@ -82,4 +84,4 @@ def cache_dir() -> Path:
 def keep_compiled_programs() -> None:
     """Lets JAX keep compiled programs on disk, so that the second start is fast; call it before JAX is imported."""
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "compiled"))
-    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 << 30))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(COMPILED_BYTES))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from mixllm_jax.errors import OptionError
 from mixllm_jax.evaluation.cached import ThroughInt8Cache
+from mixllm_jax.generation.memory import OutOfDeviceMemoryError, is_out_of_memory
 from mixllm_jax.models.decoder import Decoder
 
 LanguageModel = Decoder | ThroughInt8Cache
@@ -74,6 +76,7 @@ def evaluate(
 
     Raises:
         OptionError: vocabularies differ, or a sequence is longer than a model's context.
+        OutOfDeviceMemoryError: a pass over one sequence does not fit beside the models.
     """
     _check(models, sequences.shape[1])
     names = list(models)
@@ -82,15 +85,29 @@ def evaluate(
     reference: Array | None = None
     for row, name in tqdm(steps, desc="perplexity", disable=not show_progress, file=sys.stderr, dynamic_ncols=True):
         tokens = jnp.asarray(sequences[row : row + 1])
-        if name == names[0]:
-            reference = None  # frees the logits of the sequence before
-            reference, loss = _reference(models[name], tokens)
-            sums[name].add(loss)
-        else:
-            assert reference is not None
-            sums[name].add(*_compare(models[name], tokens, reference))
+        with _explained_shortage(len(models), sequences.shape[1]):
+            if name == names[0]:
+                reference = None  # frees the logits of the sequence before
+                reference, loss = _reference(models[name], tokens)
+                sums[name].add(loss)
+            else:
+                assert reference is not None
+                sums[name].add(*_compare(models[name], tokens, reference))
     predictions = len(sequences) * (sequences.shape[1] - 1)
     return [sums[name].result(name, predictions, is_reference=name == names[0]) for name in names]
+
+
+@contextlib.contextmanager
+def _explained_shortage(models: int, length: int) -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfDeviceMemoryError(
+            f"the device ran out of memory in a pass over {length} tokens with {models} models on it: choose a shorter "
+            "--sequence-length, or fewer models at once"
+        ) from error
 
 
 @dataclasses.dataclass

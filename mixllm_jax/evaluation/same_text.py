@@ -26,7 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixllm_jax.benchmark.runner import versions
-from mixllm_jax.loading import LoadedModel, load
+from mixllm_jax.loaded_model import LoadedModel
+from mixllm_jax.loading import load
 from mixllm_jax.models.cache import KVCache
 
 PROMPTS = (

@@ -31,11 +31,13 @@ class MemoryEstimate:
         weights: The model.
         cache: Keys and values of every position of every row.
         activations: Of the largest step, prefill or decode.
+        int8_cache: Whether the cache holds codes.
     """
 
     weights: int
     cache: int
     activations: int
+    int8_cache: bool = False
 
     @property
     def peak(self) -> int:
@@ -80,7 +82,8 @@ def estimate_memory(
     width = 2 * config.hidden_size + config.query_size + 2 * config.kv_size + 3 * config.intermediate_size
     # Of this step (as two products, where the head has two terms), of the step before, and what sampling makes of them.
     logits = 4 * batch * config.vocab_size * 4
-    return MemoryEstimate(weight_bytes, cache, tokens * width * itemsize + mask + logits)
+    activations = tokens * width * itemsize + mask + logits
+    return MemoryEstimate(weight_bytes, cache, activations, int8_cache=np.dtype(cache_dtype) == np.int8)
 
 
 def weight_bytes(model: Any) -> int:
@@ -181,4 +184,5 @@ def _what_fits(estimate: Callable[[int, int], MemoryEstimate], batch: int, conte
     options += [f"{batch} rows of {positions} positions"] if positions else []
     if not options:
         return "not even one row would fit: use a model with fewer bits per weight"
-    return f"{' or '.join(options)} would fit; an int8 cache (--kv-bits 8) halves the cache"
+    fits = f"{' or '.join(options)} would fit"
+    return fits if estimate(batch, context).int8_cache else f"{fits}; an int8 cache (--kv-bits 8) halves the cache"

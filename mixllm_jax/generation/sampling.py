@@ -15,13 +15,16 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from mixllm_jax.errors import OptionError
 
+_SMALLEST_TEMPERATURE = 1e-5
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingSettings:
     """How to choose tokens.
 
     Attributes:
-        temperature: divides the logits; 0 is greedy (the most likely token, the lowest id on ties).
+        temperature: divides the logits; 0 is greedy (the most likely token, the lowest id on ties), and so is anything
+            below 1e-5, over which logits would leave float32.
         top_k: only the k most likely tokens; 0 for all.
         top_p: only the smallest set of most likely tokens whose probabilities sum to at least this; 1 for all.
         seed: the same seed, prompts and settings give the same tokens.
@@ -61,7 +64,7 @@ class Sampler:
             temperature=jnp.float32(settings.temperature),
             top_k=jnp.int32(settings.top_k),
             top_p=jnp.float32(settings.top_p),
-            greedy=settings.temperature == 0,
+            greedy=settings.temperature < _SMALLEST_TEMPERATURE,
             filtered=settings.top_k > 0 or settings.top_p < 1,
         )
 
