@@ -64,7 +64,7 @@ def _generate_text(arguments: argparse.Namespace, prompts: list[str], options: d
     from mixllm_jax.generation.completion import checked_options
 
     own: Any = {name: getattr(arguments, name) for name in ("chat", "system", "stop", "echo")}
-    settings = {**options, **own}
+    settings: Any = {**options, **own}
     checked_options(settings)  # complains before a model is loaded
     model = load_model(arguments.folder, arguments)
     if len(prompts) == 1:
