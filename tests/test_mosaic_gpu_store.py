@@ -83,7 +83,7 @@ def check(case: Case, config: MosaicGpuConfig, out_dtype: str, bias: bool) -> No
 @pytest.mark.parametrize("n8", [0, 1, 2867, 28672])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_shared_memory_suffices(n8: int, itemsize: int):
-    from pallas_kernels.mixed_matmul.mosaic_gpu.signed.kernel import kernel_type
+    from pallas_kernels.mixed_matmul.pallas_mosaic_gpu import kernel_type
 
     for tokens in (1, 16, 33, 64, 65, 128, 512, 4095):
         problem = Problem(tokens, 4096, 128, 28672 - n8, n8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,9 @@ from pallas_kernels.mixed_matmul.mosaic_gpu.config import MULTIPROCESSORS, Mosai
 from pallas_kernels.mixed_matmul.mosaic_gpu.split.config import MosaicGpuQuantizeConfig, MosaicGpuSplitConfig
 from pallas_kernels.mixed_matmul.triton_tiles import Problem
 from pallas_kernels.packing import GROUP_SIZES, PackedWeight, has_aligned_rows
+
+if TYPE_CHECKING:
+    from pallas_kernels.mixed_matmul.mosaic_gpu.persistent import PersistentKernel
 
 COMPUTE_CAPABILITY = (9, 0)
 """Of Hopper GPUs, whose `wgmma` other generations do not have."""
@@ -35,7 +39,7 @@ def mixed_matmul(
     Activations in another layout go through a pass of their own first.
     """
     # Imports slowly, and not everywhere.
-    from pallas_kernels.mixed_matmul.mosaic_gpu.signed import kernel as tiled
+    from pallas_kernels.mixed_matmul.mosaic_gpu import persistent
     from pallas_kernels.mixed_matmul.mosaic_gpu.split import kernel as split
 
     config = config_for(activations.tokens, weight, config)
@@ -43,7 +47,15 @@ def mixed_matmul(
     arguments = (activations, weight, bias, jnp.dtype(out_dtype))
     if isinstance(config, MosaicGpuSplitConfig):
         return split.launch(*arguments, config, _multiprocessors())
-    return tiled.launch(*arguments, config, _multiprocessors())
+    return persistent.launch(kernel_type(config), *arguments, config, _multiprocessors())
+
+
+def kernel_type(config: MosaicGpuConfig) -> type[PersistentKernel]:
+    """The kernel that these settings are for."""
+    from pallas_kernels.mixed_matmul.mosaic_gpu.signed.kernel import SignedKernel
+    from pallas_kernels.mixed_matmul.mosaic_gpu.unsigned.kernel import UnsignedKernel
+
+    return UnsignedKernel if config.unsigned else SignedKernel
 
 
 def quantized_linear(

@@ -12,12 +12,14 @@ if TYPE_CHECKING:
 CHANNELS_PER_WARPGROUP = 64
 """Rows of one `wgmma`: the output channels of a tile that one warpgroup computes."""
 
+WARPS_PER_WARPGROUP, THREADS_PER_WARPGROUP = 4, 128
+"""What CUDA calls a warpgroup: the threads that issue a `wgmma` together."""
+
 DOT_TOKENS = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128)
 """Columns that an integer `wgmma` can have, up to the largest dot whose accumulators fit the registers."""
 
 MULTIPROCESSORS = 132
 """Of an H100 SXM, for the rule; the launch asks the device."""
-
 
 HALF_TILE = 0.6
 """Time of half a tile's tokens, where a tile takes 1: codes are unpacked all the same."""

@@ -1,6 +1,16 @@
-"""What the Hopper kernels share around their loops: which tiles there are, and the ring that brings their groups.
+"""The ring of stages in shared memory, as far as the three kernels share it, and the tiles whose groups it brings.
 
-A stage of the ring is one group of a tile: packed codes, scales, zero points, activations and their scales.
+A stage is one group of a tile: packed codes, scales, zero points, activations and their scales. A loading warp copies
+groups to slot after slot; a slot has two barriers, which its uses pass through in turn:
+
+    loading warp                                            computing warpgroups
+    wait for `empty`, but the first time round the ring
+    start the copies, which arrive at `full`  ---------->   wait for `full`
+    next slot                                               read codes, dot, scale
+                             <---------------------------   each arrives at `empty`
+
+Both sides count groups over all tiles of the block, so that the ring runs on from one tile to the next. A barrier knows
+only the parity of its uses: a waiter must not fall a whole use behind, which the two waits above see to.
 """
 
 from __future__ import annotations
@@ -15,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.activations import QuantizedActivations
-from pallas_kernels.mixed_matmul.mosaic_gpu.calls import Index, Ref, Slice, swizzled
+from pallas_kernels.mixed_matmul.mosaic_gpu.operands import Index, Ref, Slice, swizzled
 from pallas_kernels.packing import PackedWeight
 
 
@@ -114,21 +124,37 @@ class RingKernel(abc.ABC):
             arrays |= {"codes8": weight.codes8, "scales8": weight.scales8.reshape(-1)}
         return arrays
 
-    def rings(self, readers: int) -> dict[str, Any]:
-        """Shared memory of activations and scales, and the barriers; `readers` warpgroups read each stage."""
+    def output_operands(self, weight: PackedWeight, bias: jax.Array | None) -> dict[str, jax.Array]:
+        """Arrays that say where outputs go and what is added to them, by name."""
+        arrays = {"order": weight.channel_order}
+        return arrays if bias is None else arrays | {"bias": bias.astype(jnp.float32)}
+
+    def rings(self, activation_dtype: jax.typing.DTypeLike = jnp.int8) -> dict[str, Any]:
+        """Shared memory of activations and of the scales of tokens and channels."""
         size = self.group_size
         channel_scales = max(self.channel_scales(is8).copied for is8 in (False, True))
+        activations = (self.stages, self.tile_tokens, size)
         return {
-            "activation_ring": plgpu.SMEM((self.stages, self.tile_tokens, size), jnp.int8, transforms=swizzled(size)),
+            "activation_ring": plgpu.SMEM(activations, activation_dtype, transforms=swizzled(size)),
             "token_scale_ring": plgpu.SMEM((self.stages, self.token_scales.copied), jnp.float32),
             "channel_scale_ring": plgpu.SMEM((self.stages, channel_scales), jnp.float16),
-            # Every copy of a stage arrives once; an 8-bit stage has no zero points and arrives without a copy.
-            "full": plgpu.Barrier(num_arrivals=5 if self.n4 else 4, num_barriers=self.stages),
+        }
+
+    def barriers(self, copies: int, readers: int) -> dict[str, Any]:
+        """Barriers of the stages: each of `copies` copies, and each of `readers` warpgroups, arrives once."""
+        return {
+            "full": plgpu.Barrier(num_arrivals=copies, num_barriers=self.stages),
             "empty": plgpu.Barrier(num_arrivals=readers, num_barriers=self.stages),
         }
 
+    def zero_point_ring(self) -> dict[str, Any]:
+        """Shared memory of zero points, where there are any."""
+        if not self.n4:
+            return {}
+        return {"zero_point_ring": plgpu.SMEM((self.stages, self.zero_points.copied), jnp.uint8)}
+
     def code_rings(self) -> dict[str, Any]:
-        """Shared memory of codes and zero points."""
+        """Shared memory of codes."""
         size = self.group_size
         # A slot of 4-bit codes takes the room of one of 8-bit codes where both share the memory: slots of tiles of
         # both kinds are in use at the same time, and only equal slots have equal barriers.
@@ -136,41 +162,9 @@ class RingKernel(abc.ABC):
         shape4 = (self.stages, 2 if both else 1, self.tile_channels, size // 2)
         ring4 = plgpu.SMEM(shape4, jnp.uint8, transforms=swizzled(size // 2))
         ring8 = plgpu.SMEM((self.stages, self.tile_channels, size), jnp.int8, transforms=swizzled(size))
-        rings: dict[str, Any] = {}
-        if self.n4:
-            rings["zero_point_ring"] = plgpu.SMEM((self.stages, self.zero_points.copied), jnp.uint8)
-        return rings | {"code_rings": plgpu.RefUnion(ring4, ring8) if both else ring4 if self.n4 else ring8}
+        return {"code_rings": plgpu.RefUnion(ring4, ring8) if both else ring4 if self.n4 else ring8}
 
     def code_slot(self, scratch: dict[str, Any], is8: bool, slot: Index) -> Ref:
         """The codes of a stage."""
         ring4, ring8 = scratch["code_rings"] if self.n4 and self.n8 else (scratch["code_rings"],) * 2
         return ring8.at[slot] if is8 else ring4.at[slot, 0]
-
-    def load_group(
-        self, inputs: dict[str, Ref], scratch: dict[str, Any], tile: Tile, group: Index, slot: Index
-    ) -> None:
-        """Start to copy a group of a tile into a slot."""
-        size, bits, scales = self.group_size, "8" if tile.is8 else "4", self.channel_scales(tile.is8)
-        tokens = pl.ds(tile.first_token, self.tile_tokens)
-        copies = [
-            (
-                inputs["codes" + bits].at[group, pl.ds(tile.first_row, self.tile_channels)],
-                self.code_slot(scratch, tile.is8, slot),
-            ),
-            (inputs["codes"].at[tokens, pl.ds(group * size, size)], scratch["activation_ring"].at[slot]),
-            (
-                scales.window(inputs["scales" + bits], group, tile.first_row),
-                scratch["channel_scale_ring"].at[slot, pl.ds(0, scales.copied)],
-            ),
-            (
-                self.token_scales.window(inputs["token_scales"], group, tile.first_token),
-                scratch["token_scale_ring"].at[slot],
-            ),
-        ]
-        if not tile.is8:
-            window = self.zero_points.window(inputs["zero_points4"], group, tile.first_row)
-            copies.append((window, scratch["zero_point_ring"].at[slot]))
-        for source, destination in copies:
-            plgpu.copy_gmem_to_smem(source, destination, scratch["full"].at[slot])
-        if tile.is8 and self.n4:
-            plgpu.barrier_arrive(scratch["full"].at[slot])

@@ -1,23 +1,32 @@
-"""What both ways of a finished tile to the output have in common: how it lies in shared memory, and where it goes.
+"""How a finished part of a tile lies in shared memory on its way from the fragments of `wgmma` to rows of the output.
 
-A part of a tile passes through in pieces of some rows: 64 words and some padding, one word a channel, two tokens of 16
-bits or one of 32.
+A store from a fragment touches 4 tokens x 8 channels of a warp: pieces of sectors, each of which goes to the L2 cache
+on its own. So a part passes through shared memory. It has a word for each channel and two tokens of 16 bits, or one of
+32; words of the same tokens are a row, and a part of many rows passes through in pieces of `MAX_ROWS`:
+
+    row 0   channel 0: tokens 0, 1 | channel 1: tokens 0, 1 | ... | channel 63 | padding
+    row 1   channel 0: tokens 2, 3 | ...                                                       (16-bit outputs)
+
+Written a fragment's word at a time, read along the rows: runs of channels of one token.
 """
 
 # mypy: disable-error-code="arg-type,call-arg,attr-defined"
 # The stubs of MLIR's Python bindings know only the raw builders, not the conveniences around them.
 from __future__ import annotations
 
+import abc
 import dataclasses
 import itertools
 
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels.mixed_matmul.mosaic_gpu.config import CHANNELS_PER_WARPGROUP
-from pallas_kernels.mixed_matmul.mosaic_gpu.registers import element, i32_constant, lane_position
+from pallas_kernels.mixed_matmul.mosaic_gpu.destination import Columns, Destination
+from pallas_kernels.mixed_matmul.mosaic_gpu.fragments import elements, lane_position
+from pallas_kernels.mixed_matmul.mosaic_gpu.mlir import at, element, i32_constant
 
 MAX_ROWS = 32
 """Rows of a piece: a part with more passes through in several."""
@@ -69,103 +78,6 @@ class Staging:
         return -(-self.rows // ROWS_AT_ONCE) * ROWS_AT_ONCE * self.pitch
 
 
-def at(pointer: ir.Value, index: ir.Value, dtype: ir.Type) -> ir.Value:
-    """Pointer to an element."""
-    return utils.getelementptr(pointer, [index], dtype)
-
-
-def less(value: ir.Value, limit: int) -> ir.Value:
-    """Whether a value is less than a number."""
-    return arith.cmpi(arith.CmpIPredicate.slt, value, i32_constant(limit))
-
-
-def from_lane(value: ir.Value, lane: ir.Value) -> ir.Value:
-    """The value of another lane of the warp, counted modulo 32."""
-    return nvvm.shfl_sync(i32_constant(-1), value, lane, i32_constant(31), nvvm.ShflKind.idx)
-
-
-def global_pointer(ref: ir.Value) -> ir.Value:
-    """To an array that is known to lie in global memory."""
-    return llvm.addrspacecast(llvm.PointerType.get(address_space=1), utils.memref_ptr(ref))
-
-
-def equal(value: ir.Value, other: ir.Value) -> ir.Value:
-    """Whether two integers are equal."""
-    return arith.cmpi(arith.CmpIPredicate.eq, value, other)
-
-
-def store(pointer: ir.Value, offset: int, values: list[ir.Value], predicate: ir.Value) -> None:
-    """Store words, or one value of 16 bits, `offset` bytes behind a pointer to global memory."""
-    bits = ir.IntegerType(values[0].type).width
-    names = ", ".join(f"${1 + index}" for index in range(len(values)))
-    operands, width = (f"{{{names}}}", f"v{len(values)}.b{bits}") if len(values) > 1 else (names, f"b{bits}")
-    llvm.inline_asm(
-        ir.Type.parse("!llvm.void"),
-        [pointer, *values, predicate],
-        f"@${1 + len(values)} st.global.{width} [$0+{offset}], {operands};",
-        ",".join(["l", *[{16: "h", 32: "r"}[bits]] * len(values), "b"]),
-        has_side_effects=True,
-    )
-
-
-def part_of(word: ir.Value, part: int) -> ir.Value:
-    """The low or high 16 bits of a word."""
-    shifted = arith.shrui(word, i32_constant(16)) if part else word
-    return arith.trunci(ir.IntegerType.get_signless(16), shifted)
-
-
-def halves(low: ir.Value, high: ir.Value, part: int) -> ir.Value:
-    """A word of the low (or the high) 16 bits of two words."""
-    selector = i32_constant(0x7632 if part else 0x5410)
-    return utils.inline_ptx("prmt.b32 $0, $1, $2, $3;", low, high, selector, result_types=low.type)
-
-
-@dataclasses.dataclass(frozen=True)
-class Destination:
-    """Where a finished part of a tile goes.
-
-    Attributes:
-        out: `[tokens, out_features]`.
-        first_row: Row of the part's first channel among those of its bit width.
-        first_token: Token of the part.
-        rows: Rows of this bit width.
-        tokens: Tokens of the part.
-    """
-
-    out: ir.Value
-    first_row: ir.Value
-    first_token: ir.Value
-    rows: int
-    tokens: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Tokens and channels of the output."""
-        tokens, out_features = ir.MemRefType(self.out.type).shape
-        return tokens, out_features
-
-    @property
-    def dtype(self) -> ir.Type:
-        """Of the output."""
-        return ir.MemRefType(self.out.type).element_type
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of an element of the output."""
-        return utils.bytewidth(self.dtype)
-
-    def pointer(self, token: ir.Value, column: ir.Value) -> ir.Value:
-        """To an element of the output, `token` counted from the part's first."""
-        i64 = ir.IntegerType.get_signless(64)
-        row = arith.muli(arith.extsi(i64, arith.addi(self.first_token, token)), arith.constant(i64, self.shape[1]))
-        return at(global_pointer(self.out), arith.addi(row, arith.extsi(i64, column)), self.dtype)
-
-    def has_token(self, token: ir.Value) -> ir.Value:
-        """Whether a token, counted from the part's first, exists."""
-        all_or_none = self.shape[0] % self.tokens == 0
-        return less(self.first_token if all_or_none else arith.addi(self.first_token, token), self.shape[0])
-
-
 def words_of(
     total: fa.FragmentedArray, dtype: ir.Type, bias: list[ir.Value] | None
 ) -> dict[tuple[int, int, int], ir.Value]:
@@ -175,7 +87,7 @@ def words_of(
         By block of 8 tokens, half of 8 channels, and first of the thread's two tokens in the word.
     """
     f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
-    registers = [element(register) for register in total.registers.flat]
+    registers = elements(total)
     words: dict[tuple[int, int, int], ir.Value] = {}
     for block, half in itertools.product(range(len(registers) // 4), range(2)):
         values = registers[4 * block + 2 * half : 4 * block + 2 * half + 2]
@@ -205,24 +117,8 @@ def write_piece(words: dict[tuple[int, int, int], ir.Value], staging: Staging, p
     return (last_block - first_block) * 8 // staging.tokens_per_word
 
 
-def is_run(
-    columns: list[tuple[ir.Value, ir.Value]], first_column: ir.Value, lane: ir.Value, to: Destination, elements: int
-) -> ir.Value | None:
-    """Whether all 64 channels are there, in columns that follow each other from a multiple of `elements` on.
-
-    None for never: other rows of the output would start elsewhere.
-    """
-    if to.shape[1] % elements:
-        return None
-    whole = equal(arith.andi(first_column, i32_constant(elements - 1)), i32_constant(0))
-    for half, (column, valid) in enumerate(columns):
-        in_place = equal(column, arith.addi(first_column, arith.addi(lane, i32_constant(32 * half))))
-        whole = arith.andi(whole, arith.andi(valid, in_place))
-    return nvvm.vote_sync(i32_constant(-1), whole, "all")
-
-
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class Piece(abc.ABC):
     """Tokens of a finished part that lie in shared memory, as one of the threads that store them sees them.
 
     Attributes:
@@ -248,3 +144,43 @@ class Piece:
     def place(self, row: ir.Value, word: ir.Value) -> ir.Value:
         """Pointer to a word of a row."""
         return at(self.base, arith.addi(arith.muli(row, i32_constant(self.staging.pitch)), word), word.type)
+
+    def store(self, to: Destination, columns: Columns) -> None:
+        """Store the piece; called by all threads of the warps that store."""
+        if columns.are_run is None:
+            self.store_elements(to, columns.of_lane)
+            return
+        with utils.when(columns.are_run):
+            self.store_run(to, columns.first)
+        with utils.when(arith.xori(columns.are_run, arith.constant(columns.are_run.type, 1))):
+            self.store_elements(to, columns.of_lane)
+
+    @abc.abstractmethod
+    def store_run(self, to: Destination, first_column: ir.Value) -> None:
+        """Store 64 neighbouring columns, several a lane."""
+
+    @abc.abstractmethod
+    def store_elements(self, to: Destination, columns: list[tuple[ir.Value, ir.Value]]) -> None:
+        """Store columns wherever they are, each lane two of them."""
+
+    def values_of_token(self, words: list[ir.Value], number: int) -> list[ir.Value]:
+        """Words to store of neighbouring channels' words: what belongs to one of the tokens that share a word."""
+        if self.staging.itemsize == 4:
+            return words
+        return [_halves(*pair, number) for pair in zip(words[::2], words[1::2], strict=True)]
+
+    def value_of_token(self, word: ir.Value, number: int) -> ir.Value:
+        """What belongs to one of the tokens that share a word."""
+        return _part_of(word, number) if self.staging.itemsize == 2 else word
+
+
+def _part_of(word: ir.Value, part: int) -> ir.Value:
+    """The low or high 16 bits of a word."""
+    shifted = arith.shrui(word, i32_constant(16)) if part else word
+    return arith.trunci(ir.IntegerType.get_signless(16), shifted)
+
+
+def _halves(low: ir.Value, high: ir.Value, part: int) -> ir.Value:
+    """A word of the low (or the high) 16 bits of two words."""
+    selector = i32_constant(0x7632 if part else 0x5410)
+    return utils.inline_ptx("prmt.b32 $0, $1, $2, $3;", low, high, selector, result_types=low.type)

@@ -1,4 +1,18 @@
-"""The tiles of the persistent Hopper kernels, and their order."""
+"""The tiles of the persistent kernels, and their order.
+
+Places of the order go to the multiprocessors in turn: with 132 of them, the first wave is places 0 to 131. Places run
+in bands of `band` token tiles, within a band down all of its token tiles before the next channel tile, and back again
+in the next band, so that the tiles of a wave share channels and tokens, which then come from the L2 cache:
+
+    channel tile     0    1    2    3   ...
+    token tile 0     0    2    4    6         a band of two token tiles
+               1     1    3    5    7
+               2    ...      10    8          the next band comes back
+               3    ...      11    9
+
+8-bit tiles are spread evenly among the 4-bit ones along the channels. Where the last wave would keep at most half of
+the multiprocessors busy, its tiles are halved, if the kernel can: two multiprocessors take half of the tokens each.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +26,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mixed_matmul.mosaic_gpu import ring
-from pallas_kernels.mixed_matmul.mosaic_gpu.calls import Index
 from pallas_kernels.mixed_matmul.mosaic_gpu.config import MosaicGpuConfig
+from pallas_kernels.mixed_matmul.mosaic_gpu.operands import Index
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,81 +1,41 @@
-"""Mixed-precision matmul for Hopper GPUs (Pallas Mosaic GPU): int8 `wgmma`, warp-specialised, persistent.
+"""The kernel on signed operands: the codes of the weight less their zero points, times int8 activations.
 
-One block runs on each multiprocessor. One warp of its last warpgroup keeps a ring of shared-memory stages filled
-through the bulk copy engine; a stage is one group of a tile: packed codes, scales, zero points, activations and their
-scales. Each compute warpgroup owns 64 channels of the tile: it reads its packed codes into registers, unpacks them
-there (they are the left operand of the dot), starts the integer dot on an accumulator that begins at a magic number,
-and adds the scaled result to a float32 total with two fused multiply-adds an element. The tokens of a tile are divided
-into parts, each with a dot of its own in flight. 4-bit and 8-bit channels are tiles of one launch.
+A stage of the ring is one group of a tile: packed codes, scales, zero points, activations and their scales. Each
+computing warpgroup owns 64 channels of the tile: it reads its packed codes into registers, unpacks them there (they are
+the left operand of the dot), starts the integer dot, and adds the scaled result to a float32 total (see arithmetic.py).
+The tokens of a tile are divided into parts, each with a dot of its own in flight; while the dot of one runs, that of
+another is scaled. Of two parts and a block of two groups, in the order of the program:
+
+    read codes 0 | start 0a, 0b | read codes 1 | finish 0a | start 1a | finish 0b | start 1b | finish 1a | finish 1b
+
+Groups come in blocks of `unroll`, whose slots follow each other, so that addresses and barriers are constants. No dot
+is in flight from block to block: the assembler follows none around a loop.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.activations import QuantizedActivations
-from pallas_kernels.mixed_matmul.mosaic_gpu.calls import Emitted, Index, Ref
-from pallas_kernels.mixed_matmul.mosaic_gpu.config import CHANNELS_PER_WARPGROUP, MosaicGpuConfig
+from pallas_kernels.mixed_matmul.mosaic_gpu.calls import GroupArithmetic
+from pallas_kernels.mixed_matmul.mosaic_gpu.columns import fetch_columns
+from pallas_kernels.mixed_matmul.mosaic_gpu.config import CHANNELS_PER_WARPGROUP, THREADS_PER_WARPGROUP
+from pallas_kernels.mixed_matmul.mosaic_gpu.destination import Destination
+from pallas_kernels.mixed_matmul.mosaic_gpu.operands import ACCUMULATOR, SCALAR, Index, Ref
+from pallas_kernels.mixed_matmul.mosaic_gpu.persistent import PersistentKernel
+from pallas_kernels.mixed_matmul.mosaic_gpu.signed import store
 from pallas_kernels.mixed_matmul.mosaic_gpu.staging import Staging
-from pallas_kernels.mixed_matmul.mosaic_gpu.tiles import Tile, TiledKernel
-from pallas_kernels.packing import PackedWeight
-
-COMPUTE_REGISTERS, LOADER_REGISTERS = 240, 24
-"""Registers of a thread: 2 x 240 + 24 is what the 512 of a multiprocessor's 65536 / 128 allow."""
-
-
-def launch(
-    activations: QuantizedActivations,
-    weight: PackedWeight,
-    bias: jax.Array | None,
-    out_dtype: jnp.dtype,
-    config: MosaicGpuConfig,
-    multiprocessors: int,
-) -> jax.Array:
-    """Quantised linear layer `[tokens, out_features]`; see `pallas_kernels.mixed_matmul.api.mixed_matmul`."""
-    config = config.fitted(activations.tokens)
-    sizes = (activations.tokens, weight.n4, weight.n8, weight.num_groups, weight.group_size)
-    kernel = kernel_type(config)(*sizes, out_dtype.itemsize, config)
-    operands = kernel.operands(activations, weight) | {"order": weight.channel_order}
-    if bias is not None:
-        operands["bias"] = bias.astype(jnp.float32)
-    run = plgpu.kernel(
-        functools.partial(kernel.body, tuple(operands)),
-        out_type=jax.ShapeDtypeStruct((activations.tokens, weight.out_features), out_dtype),
-        scratch_types=kernel.scratch(),
-        grid=(min(multiprocessors, kernel.num_tiles),),
-        grid_names=("multiprocessor",),
-        num_threads=config.compute_warpgroups + 1,
-        thread_name="warpgroup",
-        kernel_name="mixed_matmul_mosaic_gpu",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,  # the ring has barriers of its own, and so has the store
-        ),
-    )
-    return run(*operands.values())
-
-
-def kernel_type(config: MosaicGpuConfig) -> type[Kernel]:
-    """The kernel that these settings are for."""
-    if not config.unsigned:
-        return Kernel
-    from pallas_kernels.mixed_matmul.mosaic_gpu.unsigned.kernel import UnsignedKernel  # builds on this module
-
-    return UnsignedKernel
+from pallas_kernels.mixed_matmul.mosaic_gpu.tiles import Tile
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel(TiledKernel):
-    """The kernel of one problem."""
+class SignedKernel(PersistentKernel):
+    """The kernel of one problem, on signed operands."""
 
     @property
     def stages(self) -> int:
@@ -88,59 +48,49 @@ class Kernel(TiledKernel):
         return 0 if blocks == 1 else lax.rem(block, blocks) * self.unroll
 
     @property
-    def staging(self) -> Staging:
-        """How finished dots pass through shared memory."""
-        return Staging(self.config.tile_tokens // self.config.parts, self.out_itemsize)
-
-    def staging_memory(self) -> dict[str, Any]:
-        """Shared memory for finished tiles on their way to the output."""
-        warpgroups = self.config.compute_warpgroups
-        return {
-            "staging": plgpu.SMEM((warpgroups * self.staging.words,), jnp.int32),
-            "columns": plgpu.SMEM((warpgroups * 256,), jnp.int32),  # two for each thread
-        }
+    def part_tokens(self) -> int:
+        """Tokens of a part of a tile: of a dot."""
+        return self.config.tile_tokens // self.config.parts
 
     def scratch(self) -> dict[str, Any]:
         """Shared memory: the ring's stages and their barriers, and room for finished tiles."""
-        return self.rings(readers=self.config.compute_warpgroups) | self.staging_memory() | self.code_rings()
+        warpgroups = self.config.compute_warpgroups
+        of_output = {
+            "staging": plgpu.SMEM((warpgroups * Staging(self.part_tokens, self.out_itemsize).words,), jnp.int32),
+            "columns": plgpu.SMEM((warpgroups * 2 * THREADS_PER_WARPGROUP,), jnp.int32),  # two for each thread
+        }
+        # Every copy of a stage arrives once; an 8-bit stage has no zero points and arrives without a copy.
+        rings = self.rings() | self.barriers(copies=5 if self.n4 else 4, readers=warpgroups)
+        return rings | of_output | self.zero_point_ring() | self.code_rings()
 
-    def visitor_that_stores(
-        self, inputs: dict[str, Ref], out: Ref, scratch: dict[str, Any]
-    ) -> Callable[[Tile], None] | None:
-        """What the warps that do not load do with each tile, if anything."""
-        return None
-
-    def body(self, names: tuple[str, ...], *refs: Ref, **scratch: Any) -> None:
-        """The kernel: the first warpgroups compute, one warp of the last one loads."""
-        inputs, out = dict(zip(names, refs[:-1], strict=True)), refs[-1]
-        warpgroup, multiprocessor = lax.axis_index("warpgroup"), lax.axis_index("multiprocessor")
-        multiprocessors = lax.axis_size("multiprocessor")
-
-        @pl.when(warpgroup == self.config.compute_warpgroups)
-        def _loader() -> None:
-            plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
-
-            # One warp, since the instructions of the other three would take issue slots from the compute warps.
-            @plgpu.warp_map
-            def _warps(warp: Index) -> None:
-                @pl.when(warp == 0)
-                def _first_warp() -> None:
-                    self.for_each_tile(
-                        multiprocessor, multiprocessors, functools.partial(self.load_tile, inputs, scratch)
-                    )
-
-                visit = self.visitor_that_stores(inputs, out, scratch)
-                if visit is not None:
-                    pl.when(warp > 0)(lambda: self.for_each_tile(multiprocessor, multiprocessors, visit))
-
-        @pl.when(warpgroup < self.config.compute_warpgroups)
-        def _compute() -> None:
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-            self.for_each_tile(
-                multiprocessor,
-                multiprocessors,
-                functools.partial(self.compute_tile, inputs, out, scratch, warpgroup * CHANNELS_PER_WARPGROUP),
-            )
+    def load_group(
+        self, inputs: dict[str, Ref], scratch: dict[str, Any], tile: Tile, group: Index, slot: Index
+    ) -> None:
+        """Start to copy a group of a tile into a slot."""
+        size, bits, scales = self.group_size, "8" if tile.is8 else "4", self.channel_scales(tile.is8)
+        tokens = pl.ds(tile.first_token, self.tile_tokens)
+        copies = [
+            (
+                inputs["codes" + bits].at[group, pl.ds(tile.first_row, self.tile_channels)],
+                self.code_slot(scratch, tile.is8, slot),
+            ),
+            (inputs["codes"].at[tokens, pl.ds(group * size, size)], scratch["activation_ring"].at[slot]),
+            (
+                scales.window(inputs["scales" + bits], group, tile.first_row),
+                scratch["channel_scale_ring"].at[slot, pl.ds(0, scales.copied)],
+            ),
+            (
+                self.token_scales.window(inputs["token_scales"], group, tile.first_token),
+                scratch["token_scale_ring"].at[slot],
+            ),
+        ]
+        if not tile.is8:
+            window = self.zero_points.window(inputs["zero_points4"], group, tile.first_row)
+            copies.append((window, scratch["zero_point_ring"].at[slot]))
+        for source, destination in copies:
+            plgpu.copy_gmem_to_smem(source, destination, scratch["full"].at[slot])
+        if tile.is8 and self.n4:
+            plgpu.barrier_arrive(scratch["full"].at[slot])
 
     def load_tile(self, inputs: dict[str, Ref], scratch: dict[str, Any], tile: Tile) -> None:
         """Copy the groups of a tile into the ring, each as soon as its slot is empty."""
@@ -162,64 +112,103 @@ class Kernel(TiledKernel):
         self, inputs: dict[str, Ref], out: Ref, scratch: dict[str, Any], first_channel: Index, tile: Tile
     ) -> None:
         """Compute 64 channels of a tile, from `first_channel` on, and store them."""
-        c, is8 = self.config, tile.is8
-        part_tokens = c.tile_tokens // c.parts
-        emit = Emitted(self.group_size, part_tokens, even_tokens=self.tokens % 2 == 0)
-        first_row, rows = tile.first_row + first_channel, self.n8 if is8 else self.n4
-        emit.fetch_columns(inputs["order"], scratch["columns"], first_row, rows, self.n4 if is8 else 0)
-
-        def wait_and_load(group: Index, slot: Index) -> Any:
-            """Wait for a stage and read its codes, ready for the dot."""
-            plgpu.barrier_wait(scratch["full"].at[slot])
-            codes = self.code_slot(scratch, is8, slot).at[pl.ds(first_channel, CHANNELS_PER_WARPGROUP)]
-            if is8:
-                return emit.load_codes8(codes)
-            lead = self.zero_points.lead(group)
-            return emit.load_codes4(codes, scratch["zero_point_ring"].at[slot], lead + first_channel)
-
-        def start(accumulator: Any, codes: Any, slot: Index, part: int) -> Any:
-            tokens = pl.ds(part * part_tokens, part_tokens)
-            return emit.start_dot(accumulator, codes, scratch["activation_ring"].at[slot, tokens])
-
-        def finish(
-            in_flight: int, accumulator: Any, codes: Any, total: Any, group: Index, slot: Index, part: int
-        ) -> Any:
-            return emit.finish_dot(
-                in_flight,
-                accumulator,
-                codes,
-                total,
-                scratch["channel_scale_ring"].at[slot],
-                self.channel_scales(is8).lead(group) + first_channel,
-                scratch["token_scale_ring"].at[slot],
-                self.token_scales.lead(group) + part * part_tokens,
-            )
-
-        def add_block(index: Index, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            """Add the groups of a block. All its dots are done at the end: the assembler follows none around a loop."""
-            totals = list(carry)
-            first_slot = self.first_slot(tile.first_block + index)
-            codes = wait_and_load(index * self.unroll, first_slot)
-            # All accumulators first, so that nothing stands between the dots.
-            accumulators = [emit.magic_accumulator() for _ in range(c.parts)]
-            accumulators = [start(accumulators[part], codes, first_slot, part) for part in range(c.parts)]
-            for offset in range(self.unroll):
-                group, slot = index * self.unroll + offset, first_slot + offset
-                is_last = offset == self.unroll - 1
-                next_codes = codes if is_last else wait_and_load(group + 1, slot + 1)
-                for part in range(c.parts):
-                    in_flight = c.parts - 1 - (part if is_last else 0)
-                    totals[part] = finish(in_flight, accumulators[part], codes, totals[part], group, slot, part)
-                    if part == c.parts - 1:
-                        plgpu.barrier_arrive(scratch["empty"].at[slot])
-                    if not is_last:
-                        accumulators[part] = start(emit.magic_accumulator(), next_codes, slot + 1, part)
-                codes = next_codes
-            return tuple(totals)
-
-        zeros = tuple(emit.zero_total() for _ in range(c.parts))
-        totals = lax.fori_loop(0, self.num_blocks, add_block, zeros)
+        parts = self.config.parts
+        arithmetic = GroupArithmetic(self.group_size, self.part_tokens, even_tokens=self.tokens % 2 == 0)
+        first_row, rows = tile.first_row + first_channel, self.n8 if tile.is8 else self.n4
+        fetch_columns(inputs["order"], scratch["columns"], first_row, rows, self.n4 if tile.is8 else 0)
+        loop = _TileLoop(self, scratch, tile, first_channel, arithmetic)
+        zeros = tuple(arithmetic.zero_total() for _ in range(parts))
+        totals = lax.fori_loop(0, self.num_blocks, loop.add_block, zeros)
         refs = [scratch["staging"], scratch["columns"], out, *([inputs["bias"]] if "bias" in inputs else [])]
         for part, total in enumerate(totals):
-            first_token = tile.first_token + part * part_tokens
-            emit.store(total, first_row, first_token, rows, refs)
+            _store(total, first_row, tile.first_token + part * self.part_tokens, rows, refs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _TileLoop:
+    """The loop of one warpgroup over the groups of a tile.
+
+    Attributes:
+        kernel: Of the problem.
+        scratch: Its shared memory and barriers.
+        tile: The tile.
+        first_channel: The warpgroup's first channel in it.
+        arithmetic: Of dots of a part.
+    """
+
+    kernel: SignedKernel
+    scratch: dict[str, Any]
+    tile: Tile
+    first_channel: Index
+    arithmetic: GroupArithmetic
+
+    def wait_and_load(self, group: Index, slot: Index) -> Any:
+        """Wait for a stage and read its codes, ready for the dot."""
+        plgpu.barrier_wait(self.scratch["full"].at[slot])
+        channels = pl.ds(self.first_channel, CHANNELS_PER_WARPGROUP)
+        codes = self.kernel.code_slot(self.scratch, self.tile.is8, slot).at[channels]
+        if self.tile.is8:
+            return self.arithmetic.load_codes8(codes)
+        lead = self.kernel.zero_points.lead(group)
+        return self.arithmetic.load_codes4(codes, self.scratch["zero_point_ring"].at[slot], lead + self.first_channel)
+
+    def start(self, accumulator: Any, codes: Any, slot: Index, part: int) -> Any:
+        """Start the dot of a part."""
+        tokens = pl.ds(part * self.arithmetic.tokens, self.arithmetic.tokens)
+        return self.arithmetic.start_dot(accumulator, codes, self.scratch["activation_ring"].at[slot, tokens])
+
+    def finish(
+        self, in_flight: int, accumulator: Any, codes: Any, total: Any, group: Index, slot: Index, part: int
+    ) -> Any:
+        """Wait for the dot of a part, `in_flight` others having started since, and add it."""
+        return self.arithmetic.finish_dot(
+            in_flight,
+            accumulator,
+            codes,
+            total,
+            self.scratch["channel_scale_ring"].at[slot],
+            self.kernel.channel_scales(self.tile.is8).lead(group) + self.first_channel,
+            self.scratch["token_scale_ring"].at[slot],
+            self.kernel.token_scales.lead(group) + part * self.arithmetic.tokens,
+        )
+
+    def add_block(self, index: Index, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Add the groups of a block to the totals of the parts."""
+        unroll, parts = self.kernel.unroll, len(carry)
+        totals = list(carry)
+        first_slot = self.kernel.first_slot(self.tile.first_block + index)
+        codes = self.wait_and_load(index * unroll, first_slot)
+        # All accumulators first, so that nothing stands between the dots.
+        accumulators = [self.arithmetic.magic_accumulator() for _ in range(parts)]
+        accumulators = [self.start(accumulators[part], codes, first_slot, part) for part in range(parts)]
+        for offset in range(unroll):
+            group, slot = index * unroll + offset, first_slot + offset
+            is_last = offset == unroll - 1
+            next_codes = codes if is_last else self.wait_and_load(group + 1, slot + 1)
+            for part in range(parts):
+                in_flight = parts - 1 - (part if is_last else 0)
+                totals[part] = self.finish(in_flight, accumulators[part], codes, totals[part], group, slot, part)
+                if part == parts - 1:
+                    plgpu.barrier_arrive(self.scratch["empty"].at[slot])
+                if not is_last:
+                    accumulators[part] = self.start(self.arithmetic.magic_accumulator(), next_codes, slot + 1, part)
+            codes = next_codes
+        return tuple(totals)
+
+
+def _store(total: Any, first_row: Index, first_token: Index, rows: int, refs: list[Ref]) -> None:
+    """Store a finished part; `refs` are shared memory for it, that of its columns, the output, and bias if any."""
+
+    @plgpu.inline_mgpu(arg_types=(ACCUMULATOR, SCALAR, SCALAR, *[plgpu.RefType()] * len(refs)))
+    def emit(ctx: Any, total: Any, first_row: Any, first_token: Any, *refs: Any) -> None:
+        shared, columns, out, *bias = refs
+        to = Destination(
+            out,
+            first_row=first_row.registers.item(),
+            first_token=first_token.registers.item(),
+            rows=rows,
+            tokens=total.shape[1],
+        )
+        store.store_tile(total, to, columns, bias[0] if bias else None, shared)
+
+    emit(total, first_row, first_token, *refs)

@@ -1,10 +1,20 @@
-"""Mixed-precision matmul for Hopper GPUs with few tokens: warpgroups and clusters of blocks split the input channels.
+"""The kernel for few tokens: warpgroups and clusters of blocks split the input channels.
 
 With few tokens there are too few tiles of 64 channels to keep all multiprocessors loading, and one warpgroup takes
 longer for the dots and scales of a group than the memory takes to bring the next one. So the groups of a tile are
 shared out in runs: among the blocks of a cluster, each with a loader and a ring of its own, and in turn among the
-warpgroups of a block. Their sums meet in the shared memory of the cluster's first block, which adds them in a fixed
-order.
+warpgroups of a block (ring.py). Their sums meet in the shared memory of the cluster's first block, whose first
+warpgroup adds them in a fixed order and stores the tile:
+
+    each warpgroup                 the first of the first block            meanwhile
+    its runs of the tile           its runs of the tile                    loading warps fill the ring
+    push its sums                                                          for the next tile
+    announce to all blocks         announce to all blocks
+    wait for all sums              wait for all sums
+    next tile                      add, store; next tile
+
+Sums of the next tile may arrive while those of this one are read: they go to the other of two sets. All wait, so that
+nobody is two tiles ahead.
 """
 
 from __future__ import annotations
@@ -20,11 +30,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.activations import QuantizedActivations
-from pallas_kernels.mixed_matmul.mosaic_gpu.calls import Emitted, Index, Ref
-from pallas_kernels.mixed_matmul.mosaic_gpu.config import CHANNELS_PER_WARPGROUP
-from pallas_kernels.mixed_matmul.mosaic_gpu.split import copies, output, quantize
+from pallas_kernels.mixed_matmul.mosaic_gpu.calls import GroupArithmetic
+from pallas_kernels.mixed_matmul.mosaic_gpu.config import CHANNELS_PER_WARPGROUP, THREADS_PER_WARPGROUP
+from pallas_kernels.mixed_matmul.mosaic_gpu.operands import Index, Ref
+from pallas_kernels.mixed_matmul.mosaic_gpu.split import quantize, store, sums
 from pallas_kernels.mixed_matmul.mosaic_gpu.split.config import MosaicGpuSplitConfig
-from pallas_kernels.mixed_matmul.mosaic_gpu.split.ring import THREADS, SplitRing, SplitTile
+from pallas_kernels.mixed_matmul.mosaic_gpu.split.loop import TileLoop
+from pallas_kernels.mixed_matmul.mosaic_gpu.split.ring import SplitRing, SplitTile
 from pallas_kernels.mixed_matmul.triton_tiles import Problem
 from pallas_kernels.packing import PackedWeight
 
@@ -49,15 +61,13 @@ def launch(
     problem = Problem(tokens, weight.in_features, weight.group_size, weight.n4, weight.n8)
     config = config.fitted(problem, quantizes=quantizes, multiprocessors=multiprocessors)
     sets = config.sets_of_sums(problem, multiprocessors)
-    kernel = _Kernel(tokens, weight.n4, weight.n8, weight.num_groups, weight.group_size, config, sets, quantizes)
+    kernel = SplitKernel(tokens, weight.n4, weight.n8, weight.num_groups, weight.group_size, config, sets, quantizes)
     if isinstance(activations, QuantizedActivations):
         operands = kernel.operands(activations, weight)
     else:
         operands = kernel.operands(QuantizedActivations(activations, activations, weight.group_size), weight)
         del operands["token_scales"]
-    operands["order"] = weight.channel_order
-    if bias is not None:
-        operands["bias"] = bias.astype(jnp.float32)
+    operands |= kernel.output_operands(weight, bias)
     run = plgpu.kernel(
         functools.partial(kernel.body, tuple(operands)),
         out_type=jax.ShapeDtypeStruct((tokens, weight.out_features), out_dtype),
@@ -83,12 +93,12 @@ def registers_of_a_computing_thread(warpgroups: int) -> int:
     Asking for more would wait forever: they come from the block's own, which are the same number for each thread, a
     multiple of 8, and not all of the multiprocessor's.
     """
-    at_launch = min(248, 65536 // (THREADS * (warpgroups + 1)) // 8 * 8)
+    at_launch = min(248, 65536 // (THREADS_PER_WARPGROUP * (warpgroups + 1)) // 8 * 8)
     return min(240, ((warpgroups + 1) * at_launch - LOADER_REGISTERS) // warpgroups // 8 * 8)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Kernel(SplitRing):
+class SplitKernel(SplitRing):
     """The kernel of one problem."""
 
     def body(self, names: tuple[str, ...], *refs: Ref, **scratch: Any) -> None:
@@ -96,8 +106,8 @@ class _Kernel(SplitRing):
         inputs, out = dict(zip(names, refs[:-1], strict=True)), refs[-1]
         warpgroup, cluster = lax.axis_index("warpgroup"), lax.axis_index("cluster")
         split, clusters = lax.axis_index("split"), lax.axis_size("cluster")
-        c = self.config
-        copies.start_barriers(scratch["barriers"], c.stages, c.warpgroups, c.cluster)
+        c, barriers = self.config, self.barriers_of(scratch)
+        barriers.start()
         compute_registers = registers_of_a_computing_thread(c.warpgroups)
 
         @pl.when(warpgroup == c.warpgroups)
@@ -111,20 +121,18 @@ class _Kernel(SplitRing):
                     load_tile = functools.partial(self.load_tile, inputs, scratch, split, warp)
                     self.for_each_tile(cluster, clusters, load_tile)
 
-            if c.cluster > 1:
-                copies.wait_for_cluster()
+            barriers.wait_for_cluster()
 
         @pl.when(warpgroup < c.warpgroups)
         def _compute() -> None:
             plgpu.set_max_registers(compute_registers, action="increase")
-            if c.cluster > 1:
-                copies.wait_for_cluster()
+            barriers.wait_for_cluster()
             if self.quantizes:
                 first_group = split * (self.num_groups // c.cluster)
                 rings = scratch["activation_ring"], scratch["token_scale_ring"]
-                quantize.quantize(inputs["codes"], *rings, first_group, threads=THREADS * c.warpgroups)
-                copies.release(scratch["barriers"], 2 * c.stages + 1)
-                copies.wait(scratch["barriers"], 2 * c.stages + 1, 0)
+                quantize.quantize(inputs["codes"], *rings, first_group, threads=THREADS_PER_WARPGROUP * c.warpgroups)
+                barriers.arrive(barriers.activations)
+                barriers.wait(barriers.activations, 0)
             self.for_each_tile(
                 cluster, clusters, functools.partial(self.compute_tile, inputs, out, scratch, warpgroup, split)
             )
@@ -139,91 +147,40 @@ class _Kernel(SplitRing):
         tile: SplitTile,
     ) -> None:
         """Compute the warpgroup's runs of a tile, add them up with those of the others, and store the sum."""
-        c, is8 = self.config, tile.is8
-        emit = Emitted(self.group_size, c.tile_tokens, even_tokens=self.tokens % 2 == 0 or self.quantizes)
-
-        def wait_and_load(group: Index, slot: Index, uses: Index) -> Any:
-            copies.wait(scratch["barriers"], slot, uses)
-            codes = self.code_slot(scratch, is8, slot)
-            if is8:
-                return emit.load_codes8(codes)
-            return emit.load_codes4(codes, scratch["zero_point_ring"].at[slot], self.zero_points.lead(group))
-
-        def place(group: Index, slot: Index) -> Index:
-            """Where the activations of a group are."""
-            return group - split * (self.num_groups // c.cluster) if self.quantizes else slot
-
-        def start(codes: Any, group: Index, slot: Index) -> Any:
-            return emit.start_dot(emit.magic_accumulator(), codes, scratch["activation_ring"].at[place(group, slot)])
-
-        def token_scales(group: Index, slot: Index) -> tuple[Ref, Index]:
-            if self.quantizes:
-                return scratch["token_scale_ring"], place(group, slot) * c.tile_tokens
-            return scratch["token_scale_ring"].at[slot], self.token_scales.lead(group)
-
-        def finish(accumulator: Any, codes: Any, total: Any, group: Index, slot: Index) -> Any:
-            return emit.finish_dot(
-                0,
-                accumulator,
-                codes,
-                total,
-                scratch["channel_scale_ring"].at[slot],
-                self.channel_scales(is8).lead(group),
-                *token_scales(group, slot),
-            )
-
+        c, rows = self.config, self.n8 if tile.is8 else self.n4
+        even_tokens = self.tokens % 2 == 0 or self.quantizes
+        arithmetic = GroupArithmetic(self.group_size, c.tile_tokens, even_tokens=even_tokens)
         # The runs of all tiles go to the warpgroups in turn, so that a ring slot is always the same warpgroup's.
         first_run = tile.index * self.runs
         first = lax.rem(warpgroup + c.warpgroups - lax.rem(first_run, c.warpgroups), c.warpgroups)
-
-        def add_run(index: Index, total: Any) -> Any:
-            run = first + index * c.warpgroups
-            first_slot = self.first_slot(first_run + run)
-            first_group = (split * self.runs + run) * c.run
-            uses = self.uses(first_run + run)
-            codes = wait_and_load(first_group, first_slot, uses)
-            accumulator = start(codes, first_group, first_slot)
-            for offset in range(c.run):
-                group, slot = first_group + offset, first_slot + offset
-                is_last = offset == c.run - 1
-                next_codes = codes if is_last else wait_and_load(group + 1, slot + 1, uses)
-                total = finish(accumulator, codes, total, group, slot)
-                copies.release(scratch["barriers"], c.stages + slot)
-                if not is_last:
-                    accumulator = start(next_codes, group + 1, slot + 1)
-                codes = next_codes
-            return total
-
-        rows = self.n8 if is8 else self.n4
+        loop = TileLoop(self, scratch, split, tile, arithmetic, first_run, first)
         which = split * c.warpgroups + warpgroup
 
         @pl.when(which == 0)
         def _fetch_columns() -> None:
-            order_start = self.n4 if is8 else 0
-            output.fetch_columns(inputs["order"], scratch["columns"], tile.first_row, rows, order_start)
+            order_start = self.n4 if tile.is8 else 0
+            store.fetch_columns(inputs["order"], scratch["columns"], tile.first_row, rows, order_start)
 
-        runs = lax.div(self.runs - first + c.warpgroups - 1, c.warpgroups)
-        total = lax.fori_loop(0, runs, add_run, emit.zero_total())
+        total = lax.fori_loop(0, loop.num_runs, loop.add_run, arithmetic.zero_total())
 
-        def store(total: Any) -> None:
-            output.store_tile(
-                total, scratch["columns"], tile.first_row, tile.first_token, rows, inputs.get("bias"), out
-            )
+        def store_tile(total: Any) -> None:
+            store.store_tile(total, scratch["columns"], tile.first_row, tile.first_token, rows, inputs.get("bias"), out)
 
         if c.splits == 1:
-            store(total)
+            store_tile(total)
             return
         size = CHANNELS_PER_WARPGROUP * c.tile_tokens
         base = lax.rem(tile.index, self.sets_of_sums) * ((c.splits - 1) * size)
 
         @pl.when(which > 0)
         def _push() -> None:
-            output.push_sums(total, scratch["sums"], base + (which - 1) * size, remote=c.cluster > 1)
+            sums.push_sums(total, scratch["sums"], base + (which - 1) * size, remote=c.cluster > 1)
 
-        copies.announce_sums(scratch["barriers"], 2 * c.stages, c.cluster)
-        copies.wait_for_sums(scratch["barriers"], 2 * c.stages, tile.index)
+        barriers = self.barriers_of(scratch)
+        barriers.announce_sums()
+        barriers.wait_for_sums(tile.index)
 
         @pl.when(which == 0)
         def _add() -> None:
             firsts = [base + other * size for other in range(c.splits - 1)]
-            store(output.add_sums(total, scratch["sums"], firsts, remote=c.cluster > 1))
+            store_tile(sums.add_sums(total, scratch["sums"], firsts))

@@ -1,6 +1,8 @@
 """Quantises activations of few tokens within the kernel that splits the input channels, straight to shared memory.
 
-Each block does so for all its tiles, while the first weights arrive; a launch of its own takes longer.
+Each block does so once for all its tiles, and for its own share of the groups, while the first weights arrive; a
+launch of its own takes longer. A unit is one group of one token; `group_size // PIECE` neighbouring threads, lanes of
+one warp, take a unit together and exchange its largest value.
 """
 
 # mypy: disable-error-code="arg-type,call-arg,attr-defined"
@@ -19,14 +21,14 @@ from jaxlib.mlir.dialects import arith, llvm, scf
 from jaxlib.mlir.dialects import math as mlir_math
 
 from pallas_kernels.activations import SMALLEST_SCALE
-from pallas_kernels.mixed_matmul.mosaic_gpu.calls import SCALAR, Index, Ref, swizzled
-from pallas_kernels.mixed_matmul.mosaic_gpu.registers import (
-    MAGIC,
+from pallas_kernels.mixed_matmul.mosaic_gpu.arithmetic import MAGIC
+from pallas_kernels.mixed_matmul.mosaic_gpu.mlir import (
     element,
     f32_constant,
     i32_constant,
     memory_asm,
 )
+from pallas_kernels.mixed_matmul.mosaic_gpu.operands import SCALAR, Index, Ref, swizzled
 
 PIECE = 16
 """Elements of a group that a thread takes at a time: what it stores at once."""

@@ -1,4 +1,16 @@
-"""The ring of the Hopper kernel that splits the input channels: its tiles, shared memory, and the warps that load."""
+"""The tiles, the shared memory and the loading warps of the kernel that splits the input channels.
+
+The groups of a tile are shared out in runs of `run` groups. Of 32 groups, a cluster of two blocks with two warpgroups
+each, and runs of four:
+
+    block 0   groups  0 ..  3  4 ..  7  8 .. 11  12 .. 15        block 1   groups 16 .. 19  20 .. 23  24 .. 27  28 .. 31
+    warpgroup         0        1        0         1                                0         1         0         1
+
+Each block has a ring of its own. Over all tiles of the block, stages go to the slots in turn, runs to the warpgroups in
+turn, and stages to the loading warps in turn; since the slots are whole runs of every warpgroup, and a multiple of the
+loading warps, a slot is always filled by the same warp and read by the same warpgroup. So one parity tells its uses
+apart (see barriers.py).
+"""
 
 from __future__ import annotations
 
@@ -13,13 +25,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mixed_matmul.mosaic_gpu import ring
-from pallas_kernels.mixed_matmul.mosaic_gpu.calls import Index, Ref, Slice, swizzled
-from pallas_kernels.mixed_matmul.mosaic_gpu.config import CHANNELS_PER_WARPGROUP
-from pallas_kernels.mixed_matmul.mosaic_gpu.split import copies
+from pallas_kernels.mixed_matmul.mosaic_gpu.config import (
+    CHANNELS_PER_WARPGROUP,
+    THREADS_PER_WARPGROUP,
+    WARPS_PER_WARPGROUP,
+)
+from pallas_kernels.mixed_matmul.mosaic_gpu.operands import Index, Ref, Slice, swizzled
+from pallas_kernels.mixed_matmul.mosaic_gpu.split import barriers
+from pallas_kernels.mixed_matmul.mosaic_gpu.split.barriers import Barriers
 from pallas_kernels.mixed_matmul.mosaic_gpu.split.config import MosaicGpuSplitConfig
-
-THREADS = 128
-"""Of a warpgroup."""
+from pallas_kernels.mixed_matmul.mosaic_gpu.split.copies import Copy, start_copies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +85,7 @@ class SplitRing(ring.RingKernel):
     @property
     def loaders(self) -> int:
         """Warps that load stages in turn. A slot is always the same one's, or it could not tell a slot's uses apart."""
-        return math.gcd(copies.WARPS, self.config.stages)
+        return math.gcd(WARPS_PER_WARPGROUP, self.config.stages)
 
     def first_slot(self, run: Index) -> Index:
         """First ring slot of a run, counted over all tiles of the block."""
@@ -84,19 +99,22 @@ class SplitRing(ring.RingKernel):
     def scratch(self) -> dict[str, Any]:
         """Shared memory: the ring's stages and their barriers, and room for the sums of the other warpgroups."""
         c = self.config
-        rings = self.rings(readers=1) | self.code_rings()
-        del rings["full"], rings["empty"]
+        rings = self.rings() | self.zero_point_ring() | self.code_rings()
         if self.quantizes:
             groups, size = self.num_groups // c.cluster, self.group_size
             shape = (groups, c.tile_tokens, size)
             rings["activation_ring"] = plgpu.SMEM(shape, jnp.int8, transforms=swizzled(size))
             rings["token_scale_ring"] = plgpu.SMEM((groups * c.tile_tokens,), jnp.float32)
-        rings["barriers"] = copies.barriers(c.stages)
-        rings["columns"] = plgpu.SMEM((2 * THREADS,), jnp.int32)
+        rings["barriers"] = barriers.memory(c.stages)
+        rings["columns"] = plgpu.SMEM((2 * THREADS_PER_WARPGROUP,), jnp.int32)
         if c.splits > 1:
             sums = self.sets_of_sums * (c.splits - 1) * CHANNELS_PER_WARPGROUP * c.tile_tokens
             rings["sums"] = plgpu.SMEM((sums,), jnp.float32)
         return rings
+
+    def barriers_of(self, scratch: dict[str, Any]) -> Barriers:
+        """The barriers of the block."""
+        return Barriers(scratch["barriers"], self.config.stages, self.config.warpgroups, self.config.cluster)
 
     def for_each_tile(self, cluster: Index, clusters: int, visit: Callable[[SplitTile], None]) -> None:
         """Visit the tiles of this cluster; 8-bit ones come first, since they take longest."""
@@ -123,6 +141,7 @@ class SplitRing(ring.RingKernel):
     ) -> None:
         """Copy the warp's part of this block's groups of a tile into the ring, each as soon as its slot is empty."""
         c, groups, loaders = self.config, self.runs * self.config.run, self.loaders
+        own = self.barriers_of(scratch)
         first_stage = tile.index * groups
         first = lax.rem(warp + loaders - lax.rem(first_stage, loaders), loaders)
 
@@ -132,7 +151,7 @@ class SplitRing(ring.RingKernel):
 
             @pl.when(uses > 0)
             def _wait() -> None:
-                copies.wait(scratch["barriers"], c.stages + slot, uses - 1)
+                own.wait(own.empty(slot), uses - 1)
 
             self.load_group(inputs, scratch, tile, split * groups + group, slot)
 
@@ -146,11 +165,12 @@ class SplitRing(ring.RingKernel):
         row_bytes = size if tile.is8 else size // 2
 
         def slices(of: Slice, name: str, to: str, first: Index) -> Any:
-            start = group * of.row + first - of.lead(group)
-            return copies.Copy(inputs[name], (start,), (of.copied,), scratch[to].at[slot, pl.ds(0, of.copied)])
+            return Copy(
+                inputs[name], (of.start(group, first),), (of.copied,), scratch[to].at[slot, pl.ds(0, of.copied)]
+            )
 
         todo = [
-            copies.Copy(
+            Copy(
                 inputs["codes" + bits],
                 (group, tile.first_row, 0),
                 (None, self.tile_channels, row_bytes),
@@ -160,7 +180,7 @@ class SplitRing(ring.RingKernel):
             slices(self.channel_scales(tile.is8), "scales" + bits, "channel_scale_ring", tile.first_row),
         ]
         if not self.quantizes:
-            activations = copies.Copy(
+            activations = Copy(
                 inputs["codes"],
                 (tile.first_token, group * size),
                 (self.tile_tokens, size),
@@ -171,4 +191,4 @@ class SplitRing(ring.RingKernel):
             todo.append(slices(self.token_scales, "token_scales", "token_scale_ring", tile.first_token))
         if not tile.is8:
             todo.append(slices(self.zero_points, "zero_points4", "zero_point_ring", tile.first_row))
-        copies.start_copies(scratch["barriers"], slot, todo)
+        start_copies(scratch["barriers"], slot, todo)

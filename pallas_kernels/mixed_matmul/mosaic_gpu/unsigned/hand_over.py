@@ -1,10 +1,22 @@
-"""A finished tile of the Hopper kernel on its way from the warpgroups that compute to the warps that store."""
+"""A finished tile on its way from the warpgroups that compute to the warps that store.
+
+Each computing warpgroup has `SLOTS` slots of shared memory, and each slot two barriers. Piece p of a tile (see
+staging.py) goes through slot p % SLOTS:
+
+    computing warpgroup                        storing warps (three)
+    wait for `stored`, but the first time
+    write the piece into the slot
+    arrive at `staged`  ------------------->   wait for `staged`
+    next piece, or the next tile               read the piece, store it
+                        <-------------------   each arrives at `stored`
+
+Both sides visit the same tiles in the same order. A slot is empty the first time, in the block's first tile. So no
+later tile may have more pieces than that one: only those of a halved last wave differ, and they have fewer.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,48 +25,61 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mixed_matmul.mosaic_gpu.calls import ACCUMULATOR, SCALAR, Index, Ref
-from pallas_kernels.mixed_matmul.mosaic_gpu.config import CHANNELS_PER_WARPGROUP
-from pallas_kernels.mixed_matmul.mosaic_gpu.signed import store
-from pallas_kernels.mixed_matmul.mosaic_gpu.signed.kernel import Kernel
-from pallas_kernels.mixed_matmul.mosaic_gpu.staging import Destination, Staging
+from pallas_kernels.mixed_matmul.mosaic_gpu.columns import bias_of_channels, fetched_pair
+from pallas_kernels.mixed_matmul.mosaic_gpu.config import CHANNELS_PER_WARPGROUP, THREADS_PER_WARPGROUP
+from pallas_kernels.mixed_matmul.mosaic_gpu.destination import Destination
+from pallas_kernels.mixed_matmul.mosaic_gpu.operands import ACCUMULATOR, SCALAR, Index, Ref
+from pallas_kernels.mixed_matmul.mosaic_gpu.staging import Staging
 from pallas_kernels.mixed_matmul.mosaic_gpu.tiles import Tile
-from pallas_kernels.mixed_matmul.mosaic_gpu.unsigned import store as store_apart
+from pallas_kernels.mixed_matmul.mosaic_gpu.unsigned import store
 
 SLOTS = 2
 """Of a warpgroup, for pieces of finished tiles: a tile of 128 tokens does not wait for its first half to be stored."""
 
 
 @dataclasses.dataclass(frozen=True)
-class HandingOverKernel(Kernel):
-    """A kernel whose computing warpgroups go on with the next tile while other warps store; tiles are one part."""
+class HandOver:
+    """The slots of a block and their protocol.
 
-    def staging_memory(self) -> dict[str, Any]:
-        """As in the base class, with barriers between those that stage and those that store."""
-        warpgroups = self.config.compute_warpgroups
-        slots = SLOTS * warpgroups
+    Attributes:
+        warpgroups: That compute.
+        tile_tokens: Tokens of a whole tile.
+        itemsize: Bytes of an output element.
+    """
+
+    warpgroups: int
+    tile_tokens: int
+    itemsize: int
+
+    def memory(self) -> dict[str, Any]:
+        """Shared memory of the slots, their barriers, and the columns of a bias."""
+        slots = SLOTS * self.warpgroups
         return {
-            "staging": plgpu.SMEM((slots, self.staging.words), jnp.int32),
+            "staging": plgpu.SMEM((slots, Staging(self.tile_tokens, self.itemsize).words), jnp.int32),
             "staged": plgpu.Barrier(num_arrivals=1, num_barriers=slots),
-            "stored": plgpu.Barrier(num_arrivals=store_apart.STORING_WARPS, num_barriers=slots),
-            "columns": plgpu.SMEM((warpgroups * 256,), jnp.int32),  # two for each thread, of a bias
+            "stored": plgpu.Barrier(num_arrivals=store.STORING_WARPS, num_barriers=slots),
+            # Two for each computing thread, of a bias.
+            "columns": plgpu.SMEM((self.warpgroups * 2 * THREADS_PER_WARPGROUP,), jnp.int32),
         }
 
     def pieces(self, tile: Tile) -> int:
         """In how many pieces a tile passes through shared memory."""
-        return Staging(tile.tokens, self.out_itemsize).pieces
+        return Staging(tile.tokens, self.itemsize).pieces
 
-    def stage_tile(
-        self,
-        total: Any,
-        inputs: dict[str, Ref],
-        out: Ref,
-        scratch: dict[str, Any],
-        first_channel: Index,
-        tile: Tile,
+    def stage(
+        self, total: Any, bias: Ref | None, dtype: Any, scratch: dict[str, Any], first_channel: Index, tile: Tile
     ) -> None:
-        """Hand 64 finished channels of a tile, from `first_channel` on, to the warps that store."""
-        bias = [scratch["columns"], inputs["bias"]] if "bias" in inputs else []
+        """Hand 64 finished channels of a tile, from `first_channel` on, over; called by the warpgroup that has them.
+
+        Args:
+            total: Float32 `[64, tokens]`, a value of Pallas.
+            bias: float32 `[out_features]`, or None; with one, the columns are fetched.
+            dtype: Of the output.
+            scratch: The kernel's shared memory.
+            first_channel: In the tile.
+            tile: The tile.
+        """
+        bias_refs = [scratch["columns"], bias] if bias is not None else []
         first_slot = lax.div(first_channel, CHANNELS_PER_WARPGROUP) * SLOTS
         for piece in range(self.pieces(tile)):
             slot = first_slot + piece % SLOTS
@@ -66,18 +91,20 @@ class HandingOverKernel(Kernel):
                 pl.when(tile.first_block > 0)(wait)
             else:
                 wait()
-            _stage(total, piece, scratch["staging"].at[slot], out.dtype, bias)
+            _stage(total, piece, scratch["staging"].at[slot], dtype, bias_refs)
             plgpu.barrier_arrive(scratch["staged"].at[slot])
 
-    def visitor_that_stores(
-        self, inputs: dict[str, Ref], out: Ref, scratch: dict[str, Any]
-    ) -> Callable[[Tile], None] | None:
-        """Stores the tiles that are handed over."""
-        return functools.partial(self.store_tile, inputs, out, scratch)
+    def store(self, order: Ref, order_start: int, rows: int, out: Ref, scratch: dict[str, Any], tile: Tile) -> None:
+        """Store a tile that the computing warpgroups hand over; called by each of the storing warps.
 
-    def store_tile(self, inputs: dict[str, Ref], out: Ref, scratch: dict[str, Any], tile: Tile) -> None:
-        """Store a tile that the computing warpgroups hand over; called by a warp that does not load."""
-        rows, order_start = (self.n8, self.n4) if tile.is8 else (self.n4, 0)
+        Args:
+            order: int32 `[out_features]`, the output channel of each packed row.
+            order_start: Where those of the tile's bit width start in it.
+            rows: Channels of this bit width.
+            out: `[tokens, out_features]`.
+            scratch: The kernel's shared memory.
+            tile: The tile.
+        """
         for piece in range(self.pieces(tile)):
 
             def store_channels(warpgroup: Index, _: None, piece: int = piece) -> None:
@@ -93,13 +120,13 @@ class HandingOverKernel(Kernel):
                         rows=rows,
                         tokens=tile.tokens,
                     )
-                    store_apart.store_piece(to, order, order_start, piece, shared)
+                    store.store_piece(to, order, order_start, piece, shared)
 
                 first_row = tile.first_row + warpgroup * CHANNELS_PER_WARPGROUP
-                emit(first_row, tile.first_token, inputs["order"], scratch["staging"].at[slot], out)
+                emit(first_row, tile.first_token, order, scratch["staging"].at[slot], out)
                 plgpu.barrier_arrive(scratch["stored"].at[slot])
 
-            lax.fori_loop(0, self.config.compute_warpgroups, store_channels, None)
+            lax.fori_loop(0, self.warpgroups, store_channels, None)
 
 
 def _stage(total: Any, piece: int, shared: Ref, dtype: Any, bias: list[Ref]) -> None:
@@ -107,7 +134,7 @@ def _stage(total: Any, piece: int, shared: Ref, dtype: Any, bias: list[Ref]) -> 
 
     @plgpu.inline_mgpu(arg_types=(ACCUMULATOR, *[plgpu.RefType()] * (1 + len(bias))))
     def emit(ctx: Any, total: Any, shared: Any, *bias: Any) -> None:
-        added = store.bias_of_channels(store.fetched_pair(bias[0]), bias[1]) if bias else None
-        store_apart.stage_piece(total, piece, shared, utils.dtype_to_ir_type(jnp.dtype(dtype)), added)
+        added = bias_of_channels(fetched_pair(bias[0]), bias[1]) if bias else None
+        store.stage_piece(total, piece, shared, utils.dtype_to_ir_type(jnp.dtype(dtype)), added)
 
     emit(total, shared, *bias)

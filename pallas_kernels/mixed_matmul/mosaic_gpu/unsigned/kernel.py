@@ -1,4 +1,4 @@
-"""The Hopper kernel on unsigned operands: fewer instructions a dot, for many tokens.
+"""The kernel on unsigned operands: fewer instructions a dot, for many tokens.
 
 At many tokens the tensor cores and the instructions around them take turns: the time is that of the dots plus about a
 clock for each instruction. With unsigned operands a dot needs nothing but two multiply-adds an output. Activations are
@@ -12,14 +12,19 @@ and less than 2**23: the accumulator starts at zero, and its bits *are* the deno
   product, which the tensor cores subtract from the totals. Its factors are split in two bfloat16 terms each, so that
   it is exact to about 2**-16; the integer dots stay exact.
 
-Ring and loading warp are those of mosaic_gpu/signed/kernel.py; finished tiles are handed over to warps that store them
-(mosaic_gpu/unsigned/hand_over.py, mosaic_gpu/unsigned/store.py).
+A tile therefore goes in corrections of up to 32 groups, these in blocks of `unroll` groups, whose slots follow each
+other. Beside the ring there is one slot for what a correction needs (`sums_full`, `sums_empty`):
+
+    wait for sums_full | subtract | arrive at sums_empty | block | block | ... | wait for sums_full | subtract | ...
+
+The tokens of a tile are one part. Finished tiles are handed over to warps that store them (hand_over.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,22 +34,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.activations import QuantizedActivations
-from pallas_kernels.mixed_matmul.mosaic_gpu.calls import ACCUMULATOR, SCALAR, Emitted, Index, Ref, swizzled
+from pallas_kernels.mixed_matmul.mosaic_gpu.columns import fetch_columns
 from pallas_kernels.mixed_matmul.mosaic_gpu.config import CHANNELS_PER_WARPGROUP, halved_tiles
-from pallas_kernels.mixed_matmul.mosaic_gpu.registers import load_codes, wait_dot
+from pallas_kernels.mixed_matmul.mosaic_gpu.operands import Index, Ref, swizzled
+from pallas_kernels.mixed_matmul.mosaic_gpu.persistent import PersistentKernel
 from pallas_kernels.mixed_matmul.mosaic_gpu.tiles import Tile
-from pallas_kernels.mixed_matmul.mosaic_gpu.unsigned import registers as unsigned
-from pallas_kernels.mixed_matmul.mosaic_gpu.unsigned.hand_over import HandingOverKernel
+from pallas_kernels.mixed_matmul.mosaic_gpu.unsigned.arithmetic import SCALE_PADDING, ZERO_POINT_PADDING
+from pallas_kernels.mixed_matmul.mosaic_gpu.unsigned.calls import SUMS_BYTES, UnsignedArithmetic
+from pallas_kernels.mixed_matmul.mosaic_gpu.unsigned.hand_over import HandOver
 from pallas_kernels.mixed_matmul.unsigned_operands import GROUPS_OF_CORRECTION, corrections_of
 from pallas_kernels.packing import PackedWeight
 
-SUMS_BYTES = 128
-"""Of a token: two bfloat16 terms of its activation sums in 32 groups."""
-
 
 @dataclasses.dataclass(frozen=True)
-class UnsignedKernel(HandingOverKernel):
-    """The kernel of one problem, on unsigned operands; a tile's tokens are one part."""
+class UnsignedKernel(PersistentKernel):
+    """The kernel of one problem, on unsigned operands."""
 
     @property
     def unroll(self) -> int:
@@ -68,6 +72,11 @@ class UnsignedKernel(HandingOverKernel):
     def halved(self, multiprocessors: int) -> int:
         """Tiles at the end that are visited as two halves each."""
         return halved_tiles(self.num_tiles, self.config.tile_tokens, multiprocessors)
+
+    @property
+    def hand_over(self) -> HandOver:
+        """How finished tiles get to the warps that store them."""
+        return HandOver(self.config.compute_warpgroups, self.config.tile_tokens, self.out_itemsize)
 
     @property
     def corrections(self) -> int:
@@ -95,49 +104,60 @@ class UnsignedKernel(HandingOverKernel):
         return arrays
 
     def scratch(self) -> dict[str, Any]:
-        """Shared memory: as in the base class, with sums of codes instead of zero points, and activation sums."""
+        """Shared memory: the ring, with sums of codes instead of zero points; a correction; finished tiles."""
         c = self.config
-        rings = super().scratch()
-        rings.pop("zero_point_ring", None)
+        rings = self.rings(jnp.uint8) | self.barriers(copies=5, readers=c.compute_warpgroups)
         sums = max(self.channel_scales(is8).copied for is8 in (False, True))
-        return rings | {
-            "activation_ring": plgpu.SMEM(
-                (self.stages, c.tile_tokens, self.group_size), jnp.uint8, transforms=swizzled(self.group_size)
-            ),
+        return {
+            **rings,
+            **self.hand_over.memory(),
+            **self.code_rings(),
             "code_sum_ring": plgpu.SMEM((self.stages, sums), jnp.uint16),
-            "full": plgpu.Barrier(num_arrivals=5, num_barriers=self.stages),
             "activation_sums": plgpu.SMEM((c.tile_tokens, SUMS_BYTES), jnp.uint8, transforms=swizzled(SUMS_BYTES)),
-            "correction_scales": plgpu.SMEM(
-                (GROUPS_OF_CORRECTION, c.tile_channels + unsigned.SCALE_PADDING), jnp.float16
-            ),
+            "correction_scales": plgpu.SMEM((GROUPS_OF_CORRECTION, c.tile_channels + SCALE_PADDING), jnp.float16),
             "correction_zero_points": plgpu.SMEM(
-                (GROUPS_OF_CORRECTION, c.tile_channels + unsigned.ZERO_POINT_PADDING), jnp.uint8
+                (GROUPS_OF_CORRECTION, c.tile_channels + ZERO_POINT_PADDING), jnp.uint8
             ),
             "sums_full": plgpu.Barrier(num_arrivals=3),
             "sums_empty": plgpu.Barrier(num_arrivals=c.compute_warpgroups),
         }
 
+    def load_group(
+        self, inputs: dict[str, Ref], scratch: dict[str, Any], tile: Tile, group: Index, slot: Index
+    ) -> None:
+        """Start to copy a group of a tile into a slot."""
+        size, bits, scales = self.group_size, "8" if tile.is8 else "4", self.channel_scales(tile.is8)
+        own, channels = pl.ds(0, tile.tokens), pl.ds(0, scales.copied)
+        tokens, rows = pl.ds(tile.first_token, tile.tokens), pl.ds(tile.first_row, self.config.tile_channels)
+        of_channels = [scales.window(inputs[name + bits], group, tile.first_row) for name in ("scales", "code_sums")]
+        of_tokens = self.token_scales.window(inputs["token_scales"], group, tile.first_token)
+        for source, destination in (
+            (inputs["codes" + bits].at[group, rows], self.code_slot(scratch, tile.is8, slot)),
+            (inputs["codes"].at[tokens, pl.ds(group * size, size)], scratch["activation_ring"].at[slot, own]),
+            (of_channels[0], scratch["channel_scale_ring"].at[slot, channels]),
+            (of_channels[1], scratch["code_sum_ring"].at[slot, channels]),
+            (of_tokens, scratch["token_scale_ring"].at[slot]),
+        ):
+            plgpu.copy_gmem_to_smem(source, destination, scratch["full"].at[slot])
+
+    def load_correction(self, inputs: dict[str, Ref], scratch: dict[str, Any], tile: Tile, correction: Index) -> None:
+        """Start to copy what takes the zero points of 32 groups off; 8-bit channels have the same one everywhere."""
+        full, bits, channels = scratch["sums_full"], "8" if tile.is8 else "4", self.config.tile_channels
+        tokens = pl.ds(tile.first_token, tile.tokens)
+        groups = pl.ds(correction * GROUPS_OF_CORRECTION, GROUPS_OF_CORRECTION)
+        sums = pl.ds(self.num_groups * self.group_size + correction * SUMS_BYTES, SUMS_BYTES)
+        own = scratch["activation_sums"].at[pl.ds(0, tile.tokens)]
+        plgpu.copy_gmem_to_smem(inputs["codes"].at[tokens, sums], own, full)
+        rows = pl.ds(tile.first_row, channels + SCALE_PADDING)
+        plgpu.copy_gmem_to_smem(inputs["scale_rows" + bits].at[groups, rows], scratch["correction_scales"], full)
+        if tile.is8:
+            plgpu.barrier_arrive(full)
+            return
+        rows = pl.ds(tile.first_row, channels + ZERO_POINT_PADDING)
+        plgpu.copy_gmem_to_smem(inputs["zero_point_rows4"].at[groups, rows], scratch["correction_zero_points"], full)
+
     def load_tile(self, inputs: dict[str, Ref], scratch: dict[str, Any], tile: Tile) -> None:
         """Copy the groups of a tile into the ring, and before each 32 of them their activation sums."""
-        c, size, bits = self.config, self.group_size, "8" if tile.is8 else "4"
-        scales, tokens = self.channel_scales(tile.is8), pl.ds(tile.first_token, tile.tokens)
-        own = pl.ds(0, tile.tokens)
-        channels = pl.ds(0, scales.copied)
-
-        def load_group(group: Index, slot: Index) -> None:
-            rows = pl.ds(tile.first_row, c.tile_channels)
-            of_channels = [
-                scales.window(inputs[name + bits], group, tile.first_row) for name in ("scales", "code_sums")
-            ]
-            of_tokens = self.token_scales.window(inputs["token_scales"], group, tile.first_token)
-            for source, destination in (
-                (inputs["codes" + bits].at[group, rows], self.code_slot(scratch, tile.is8, slot)),
-                (inputs["codes"].at[tokens, pl.ds(group * size, size)], scratch["activation_ring"].at[slot, own]),
-                (of_channels[0], scratch["channel_scale_ring"].at[slot, channels]),
-                (of_channels[1], scratch["code_sum_ring"].at[slot, channels]),
-                (of_tokens, scratch["token_scale_ring"].at[slot]),
-            ):
-                plgpu.copy_gmem_to_smem(source, destination, scratch["full"].at[slot])
 
         def load_block(index: Index, _: None) -> None:
             block = tile.first_block + index
@@ -147,26 +167,14 @@ class UnsignedKernel(HandingOverKernel):
                 def _wait(slot: Index = slot) -> None:
                     plgpu.barrier_wait(scratch["empty"].at[slot])
 
-                load_group(index * self.unroll + offset, slot)
+                self.load_group(inputs, scratch, tile, index * self.unroll + offset, slot)
 
         def load_corrected(correction: Index, _: None) -> None:
             @pl.when(tile.first_block + correction > 0)
             def _wait() -> None:
                 plgpu.barrier_wait(scratch["sums_empty"])
 
-            full = scratch["sums_full"]
-            groups = pl.ds(correction * GROUPS_OF_CORRECTION, GROUPS_OF_CORRECTION)
-            sums = pl.ds(self.num_groups * size + correction * SUMS_BYTES, SUMS_BYTES)
-            plgpu.copy_gmem_to_smem(inputs["codes"].at[tokens, sums], scratch["activation_sums"].at[own], full)
-            rows = pl.ds(tile.first_row, c.tile_channels + unsigned.SCALE_PADDING)
-            plgpu.copy_gmem_to_smem(inputs["scale_rows" + bits].at[groups, rows], scratch["correction_scales"], full)
-            if tile.is8:
-                plgpu.barrier_arrive(full)
-            else:
-                rows = pl.ds(tile.first_row, c.tile_channels + unsigned.ZERO_POINT_PADDING)
-                plgpu.copy_gmem_to_smem(
-                    inputs["zero_point_rows4"].at[groups, rows], scratch["correction_zero_points"], full
-                )
+            self.load_correction(inputs, scratch, tile, correction)
             lax.fori_loop(*self.blocks_of(correction), load_block, None)
 
         lax.fori_loop(0, self.corrections, load_corrected, None)
@@ -174,127 +182,103 @@ class UnsignedKernel(HandingOverKernel):
     def compute_tile(
         self, inputs: dict[str, Ref], out: Ref, scratch: dict[str, Any], first_channel: Index, tile: Tile
     ) -> None:
-        """Compute 64 channels of a tile, from `first_channel` on, and store them."""
-        is8, own = tile.is8, pl.ds(0, tile.tokens)
-        emit = _UnsignedEmitted(self.group_size, tile.tokens, even_tokens=self.tokens % 2 == 0, is8=is8)
+        """Compute 64 channels of a tile, from `first_channel` on, and hand them over."""
+        is8, bias = tile.is8, inputs.get("bias")
+        arithmetic = UnsignedArithmetic(self.group_size, tile.tokens, even_tokens=self.tokens % 2 == 0, is8=is8)
         first_row, rows = tile.first_row + first_channel, self.n8 if is8 else self.n4
-        if "bias" in inputs:
-            emit.fetch_columns(inputs["order"], scratch["columns"], first_row, rows, self.n4 if is8 else 0)
+        if bias is not None:
+            fetch_columns(inputs["order"], scratch["columns"], first_row, rows, self.n4 if is8 else 0)
+        loop = _TileLoop(self, scratch, tile, first_channel, arithmetic)
+        total = lax.fori_loop(0, self.corrections, loop.add_corrected, arithmetic.zero_total())
+        self.hand_over.stage(arithmetic.unscaled(total), bias, out.dtype, scratch, first_channel, tile)
 
-        def wait_and_load(slot: Index) -> Any:
-            """Wait for a stage and read its codes, ready for the dot."""
-            plgpu.barrier_wait(scratch["full"].at[slot])
-            codes = self.code_slot(scratch, is8, slot).at[pl.ds(first_channel, CHANNELS_PER_WARPGROUP)]
-            return emit.load_codes(codes)
+    def visitor_that_stores(
+        self, inputs: dict[str, Ref], out: Ref, scratch: dict[str, Any]
+    ) -> Callable[[Tile], None] | None:
+        """Stores the tiles that are handed over."""
 
-        def add_block(index: Index, carry: tuple[Any, Any], *, is_last: bool) -> tuple[Any, Any]:
-            """Add the groups of a block, and read the codes of the next block's first one.
+        def store(tile: Tile) -> None:
+            rows, order_start = (self.n8, self.n4) if tile.is8 else (self.n4, 0)
+            self.hand_over.store(inputs["order"], order_start, rows, out, scratch, tile)
 
-            In the program a dot starts when the former one has been scaled. The assembler starts it earlier, where its
-            codes are loaded, and spreads its instructions among those that scale. All dots are done at the end: the
-            assembler follows none around a loop.
-            """
-            total, codes = carry
-            slots = self.slots(tile.first_block + index)
-            dot = emit.start(codes, scratch["activation_ring"].at[slots[0], own])
-            for offset, slot in enumerate(slots):
-                group, ends = index * self.unroll + offset, offset == self.unroll - 1
-                if not ends:
-                    next_codes = wait_and_load(slots[offset + 1])
-                else:
-                    next_codes = codes if is_last else wait_and_load(self.slots(tile.first_block + index + 1)[0])
-                total = emit.finish(
-                    dot,
-                    codes,
-                    total,
-                    [scratch[name].at[slot] for name in ("channel_scale_ring", "code_sum_ring", "token_scale_ring")],
-                    self.channel_scales(is8).lead(group) + first_channel,
-                    self.token_scales.lead(group),
-                )
-                plgpu.barrier_arrive(scratch["empty"].at[slot])
-                codes = next_codes
-                if not ends:
-                    dot = emit.start(codes, scratch["activation_ring"].at[slots[offset + 1], own])
-            return total, codes
-
-        def add_corrected(correction: Index, total: Any) -> Any:
-            plgpu.barrier_wait(scratch["sums_full"])
-            channels = [scratch["correction_scales"]]
-            if not is8:
-                channels.append(scratch["correction_zero_points"])
-            total = emit.subtract_zero_points(total, scratch["activation_sums"].at[own], channels, first_channel)
-            plgpu.barrier_arrive(scratch["sums_empty"])
-            first, end = self.blocks_of(correction)
-            codes = wait_and_load(self.slots(tile.first_block + first)[0])
-            carry = lax.fori_loop(first, end - 1, functools.partial(add_block, is_last=False), (total, codes))
-            return add_block(end - 1, carry, is_last=True)[0]
-
-        total = emit.unscaled(lax.fori_loop(0, self.corrections, add_corrected, emit.zero_total()))
-        self.stage_tile(total, inputs, out, scratch, first_channel, tile)
+        return store
 
 
 @dataclasses.dataclass(frozen=True)
-class _UnsignedEmitted(Emitted):
-    """The register-level pieces of one tile, as calls from Pallas.
+class _TileLoop:
+    """The loop of one warpgroup over the groups of a tile.
 
     Attributes:
-        is8: 8-bit channels, not 4-bit ones.
+        kernel: Of the problem.
+        scratch: Its shared memory and barriers.
+        tile: The tile.
+        first_channel: The warpgroup's first channel in it.
+        arithmetic: Of its dots.
     """
 
-    is8: bool
+    kernel: UnsignedKernel
+    scratch: dict[str, Any]
+    tile: Tile
+    first_channel: Index
+    arithmetic: UnsignedArithmetic
 
-    def load_codes(self, codes: Ref) -> Any:
-        """Codes of a stage, ready for the dot."""
-        row_bytes = self.group_size if self.is8 else self.group_size // 2
+    def activations(self, slot: Index) -> Ref:
+        """Activations of a stage: those of the tile's own tokens."""
+        return self.scratch["activation_ring"].at[slot, pl.ds(0, self.tile.tokens)]
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(swizzled(row_bytes)),), return_type=self.codes_type)
-        def emit(ctx: Any, codes: Any) -> Any:
-            if self.is8:
-                return unsigned.offset_codes8(load_codes(codes, row_bytes, is_signed=True))
-            return unsigned.unpack_codes4(load_codes(codes, row_bytes, is_signed=False))
+    def wait_and_load(self, slot: Index) -> Any:
+        """Wait for a stage and read its codes, ready for the dot."""
+        plgpu.barrier_wait(self.scratch["full"].at[slot])
+        channels = pl.ds(self.first_channel, CHANNELS_PER_WARPGROUP)
+        return self.arithmetic.load_codes(self.kernel.code_slot(self.scratch, self.tile.is8, slot).at[channels])
 
-        return emit(codes)
+    def finish(self, dot: Any, codes: Any, total: Any, group: Index, slot: Index) -> Any:
+        """Wait for the dot of a group and add it."""
+        names = ("channel_scale_ring", "code_sum_ring", "token_scale_ring")
+        return self.arithmetic.finish(
+            dot,
+            codes,
+            total,
+            [self.scratch[name].at[slot] for name in names],
+            self.kernel.channel_scales(self.tile.is8).lead(group) + self.first_channel,
+            self.kernel.token_scales.lead(group),
+        )
 
-    def start(self, codes: Any, activations: Ref) -> Any:
-        """Start the dot of a group."""
-        arg_types = (plgpu.Layout.WGMMA_8BIT, plgpu.RefType(swizzled(self.group_size)))
+    def add_block(self, index: Index, carry: tuple[Any, Any], *, is_last: bool) -> tuple[Any, Any]:
+        """Add the groups of a block, and read the codes of the next block's first one.
 
-        @plgpu.inline_mgpu(arg_types=arg_types, return_type=self.accumulator_type)
-        def emit(ctx: Any, codes: Any, activations: Any) -> Any:
-            return unsigned.issue_dot(codes, activations, self.tokens)
-
-        return emit(codes, activations)
-
-    def finish(
-        self, dot: Any, codes: Any, total: Any, scales: list[Ref], first_channel: Index, first_token: Index
-    ) -> Any:
-        """Wait for a dot and add it; `scales` are those of the channels, the sums of their codes, and the tokens'."""
-        arg_types = (ACCUMULATOR, plgpu.Layout.WGMMA_8BIT, ACCUMULATOR, *[plgpu.RefType()] * 3, SCALAR, SCALAR)
-
-        @plgpu.inline_mgpu(arg_types=arg_types, return_type=self.total_type)
-        def emit(ctx: Any, dot: Any, codes: Any, total: Any, *rest: Any) -> Any:
-            channel_scales, code_sums, token_scales, first_channel, first_token = rest
-            of_channels = unsigned.load_channel_scales(channel_scales, code_sums, first_channel.registers.item())
-            dot = wait_dot(dot, codes, in_flight=0)
-            first = first_token.registers.item()
-            return unsigned.add_scaled(total, dot, of_channels, token_scales, first, pairs=self.even_tokens)
-
-        return emit(dot, codes, total, *scales, first_channel, first_token)
-
-    def subtract_zero_points(self, total: Any, activation_sums: Ref, channels: list[Ref], first: Index) -> Any:
-        """Take the zero points of 32 groups off.
-
-        `channels` are scales, and zero points where they differ; the warpgroup's start at channel `first`.
+        In the program a dot starts when the former one has been scaled. The assembler starts it earlier, where its
+        codes are loaded, and spreads its instructions among those that scale. All dots are done at the end: the
+        assembler follows none around a loop.
         """
-        types = (ACCUMULATOR, plgpu.RefType(swizzled(SUMS_BYTES)), SCALAR)
+        total, codes = carry
+        unroll, first_block = self.kernel.unroll, self.tile.first_block
+        slots = self.kernel.slots(first_block + index)
+        dot = self.arithmetic.start(codes, self.activations(slots[0]))
+        for offset, slot in enumerate(slots):
+            group, ends = index * unroll + offset, offset == unroll - 1
+            if not ends:
+                next_codes = self.wait_and_load(slots[offset + 1])
+            else:
+                next_codes = codes if is_last else self.wait_and_load(self.kernel.slots(first_block + index + 1)[0])
+            total = self.finish(dot, codes, total, group, slot)
+            plgpu.barrier_arrive(self.scratch["empty"].at[slot])
+            codes = next_codes
+            if not ends:
+                dot = self.arithmetic.start(codes, self.activations(slots[offset + 1]))
+        return total, codes
 
-        @plgpu.inline_mgpu(arg_types=(*types, *[plgpu.RefType()] * len(channels)), return_type=self.total_type)
-        def emit(ctx: Any, total: Any, sums: Any, first: Any, *channels: Any) -> Any:
-            return unsigned.subtract_zero_points(total, sums, first.registers.item(), *channels)
-
-        return emit(total, activation_sums, first, *channels)
-
-    def unscaled(self, total: Any) -> Any:
-        """The finished totals."""
-        emit = plgpu.inline_mgpu(arg_types=(ACCUMULATOR,), return_type=self.total_type)
-        return emit(lambda ctx, total: unsigned.unscaled(total))(total)
+    def add_corrected(self, correction: Index, total: Any) -> Any:
+        """Take the zero points of 32 groups off, and add the groups."""
+        plgpu.barrier_wait(self.scratch["sums_full"])
+        channels = [self.scratch["correction_scales"]]
+        if not self.tile.is8:
+            channels.append(self.scratch["correction_zero_points"])
+        sums = self.scratch["activation_sums"].at[pl.ds(0, self.tile.tokens)]
+        total = self.arithmetic.subtract_zero_points(total, sums, channels, self.first_channel)
+        plgpu.barrier_arrive(self.scratch["sums_empty"])
+        first, end = self.kernel.blocks_of(correction)
+        codes = self.wait_and_load(self.kernel.slots(self.tile.first_block + first)[0])
+        add_block = functools.partial(self.add_block, is_last=False)
+        carry = lax.fori_loop(first, end - 1, add_block, (total, codes))
+        return self.add_block(end - 1, carry, is_last=True)[0]

@@ -1,7 +1,7 @@
-"""Output path of the Hopper kernel on unsigned operands, beside the next tile.
+"""The way out of a finished tile through warps of their own, beside the next tile.
 
-The computing warpgroups write a finished tile to shared memory, and the three warps that do neither compute nor load
-bring it to the output: two neighbouring columns a lane where the 64 of a warpgroup follow each other, else one, 32
+The computing warpgroups write it to shared memory (see staging.py), and the three warps that do neither compute nor
+load bring it to the output: two neighbouring columns a lane where the 64 of a warpgroup follow each other, else one, 32
 neighbouring channels at a time. They have 24 registers a thread, hence the loops.
 """
 
@@ -17,22 +17,9 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
 
-from pallas_kernels.mixed_matmul.mosaic_gpu.registers import element, i32_constant
-from pallas_kernels.mixed_matmul.mosaic_gpu.staging import (
-    Destination,
-    Piece,
-    Staging,
-    at,
-    from_lane,
-    global_pointer,
-    halves,
-    is_run,
-    less,
-    part_of,
-    store,
-    words_of,
-    write_piece,
-)
+from pallas_kernels.mixed_matmul.mosaic_gpu.destination import Columns, Destination
+from pallas_kernels.mixed_matmul.mosaic_gpu.mlir import at, element, global_pointer, i32_constant, less
+from pallas_kernels.mixed_matmul.mosaic_gpu.staging import Piece, Staging, words_of, write_piece
 
 STORING_WARPS = 3
 """Of the loading warpgroup, those that do not load."""
@@ -74,31 +61,24 @@ def store_piece(to: Destination, order: ir.Value, order_start: int, piece: int, 
     )
     lane = arith.andi(thread, i32_constant(31))
     warp = arith.subi(arith.andi(arith.shrui(thread, i32_constant(5)), i32_constant(3)), i32_constant(1))
-    columns = []
+    of_lane = []
     for half in range(2):
         row = arith.addi(to.first_row, arith.addi(lane, i32_constant(32 * half)))
         place = arith.addi(arith.minsi(row, i32_constant(to.rows - 1)), i32_constant(order_start))
         column = llvm.load(lane.type, at(global_pointer(order), place, lane.type))
-        columns.append((column, less(row, to.rows)))
-    first_column = from_lane(columns[0][0], i32_constant(0))
-    whole = is_run(columns, first_column, lane, to, 2)
+        of_lane.append((column, less(row, to.rows)))
+    columns = Columns.seen_by(lane, of_lane, to, 2)
     first_row = piece * staging.rows
     rows = min(staging.rows, staging.all_rows - first_row)
-    staged = _Piece(utils.memref_ptr(shared), staging, rows, first_row * staging.tokens_per_word, warp, lane)
-    if whole is None:
-        staged.store_elements(to, columns)
-        return
-    with utils.when(whole):
-        staged.store_pairs(to, first_column)
-    with utils.when(arith.xori(whole, arith.constant(whole.type, 1))):
-        staged.store_elements(to, columns)
+    first_token = first_row * staging.tokens_per_word
+    _Piece(utils.memref_ptr(shared), staging, rows, first_token, warp, lane).store(to, columns)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Piece(Piece):
     """As a thread of a storing warp sees it."""
 
-    def store_pairs(self, to: Destination, first_column: ir.Value) -> None:
+    def store_run(self, to: Destination, first_column: ir.Value) -> None:
         """Store 64 neighbouring columns, two a lane."""
         column = arith.addi(first_column, arith.muli(self.lane, i32_constant(2)))
 
@@ -107,10 +87,9 @@ class _Piece(Piece):
             pair = llvm.load(ir.VectorType.get((2,), row.type), place, alignment=8)
             words = [element(pair, 0), element(pair, 1)]
             pointer = to.pointer(self.token(row), column)
-            for part in range(self.staging.tokens_per_word):
-                here = arith.andi(exists, to.has_token(arith.addi(self.token(row), i32_constant(part))))
-                values = [halves(*words, part)] if to.itemsize == 2 else words
-                store(pointer, part * to.shape[1] * to.itemsize, values, here)
+            for number in range(self.staging.tokens_per_word):
+                here = arith.andi(exists, to.has_token(arith.addi(self.token(row), i32_constant(number))))
+                to.store(pointer, number, self.values_of_token(words, number), here)
 
         self.for_each_row(store_row)
 
@@ -121,11 +100,10 @@ class _Piece(Piece):
             for half, (column, valid) in enumerate(columns):
                 word = llvm.load(row.type, self.place(row_to_read, arith.addi(self.lane, i32_constant(32 * half))))
                 pointer = to.pointer(self.token(row), column)
-                for part in range(self.staging.tokens_per_word):
-                    here = to.has_token(arith.addi(self.token(row), i32_constant(part)))
-                    value = part_of(word, part) if to.itemsize == 2 else word
-                    here = arith.andi(arith.andi(here, exists), valid)
-                    store(pointer, part * to.shape[1] * to.itemsize, [value], here)
+                for number in range(self.staging.tokens_per_word):
+                    here = to.has_token(arith.addi(self.token(row), i32_constant(number)))
+                    value = self.value_of_token(word, number)
+                    to.store(pointer, number, [value], arith.andi(arith.andi(here, exists), valid))
 
         self.for_each_row(store_row)
 

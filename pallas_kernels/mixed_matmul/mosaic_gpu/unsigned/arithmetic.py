@@ -1,6 +1,10 @@
-"""Register-level parts of the Hopper kernel on unsigned operands: codes, dot, scale one group, zero points of a block.
+"""A group on unsigned operands: codes, dot, scale; and the zero points of 32 groups.
 
-Layouts as in mosaic_gpu/registers.py; the arithmetic is explained in mosaic_gpu/unsigned/kernel.py.
+Each function is the body of a `plgpu.inline_mgpu` call, for the 128 threads of one warpgroup, which hold operands and
+results as fragments.py says. Why the operands are unsigned is in unsigned/kernel.py.
+
+A dot's bits, read as a float32, are the denormal dot * 2**-149. Scaled by a float16 scale times 2**111 they are normal
+numbers, so totals carry the factor `TOTAL_SCALE` = 2**-38 until the tile is finished (`unscaled`).
 """
 
 # mypy: disable-error-code="arg-type,call-arg,attr-defined"
@@ -8,29 +12,32 @@ Layouts as in mosaic_gpu/registers.py; the arithmetic is explained in mosaic_gpu
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, llvm
 from jaxlib.mlir.dialects import math as mlir_math
 
-from pallas_kernels.mixed_matmul.mosaic_gpu import registers
-from pallas_kernels.mixed_matmul.mosaic_gpu.registers import (
-    element,
-    f32_constant,
-    i32_constant,
+from pallas_kernels.mixed_matmul.mosaic_gpu.arithmetic import load_token_scales
+from pallas_kernels.mixed_matmul.mosaic_gpu.fragments import (
+    as_int8,
+    descriptor,
+    elements,
+    fragment,
+    issue_wgmma,
     lane_position,
-    load,
+    registers_as_i32,
+    zero_total,
 )
+from pallas_kernels.mixed_matmul.mosaic_gpu.mlir import at, element, f32_constant, i32_constant, load
+from pallas_kernels.mixed_matmul.unsigned_operands import OFFSET
 
 TOTAL_SCALE = 2.0**-38
 """Of the totals: a dot's bits are the float dot * 2**-149, and a float16 scale times 2**111 is still a float32."""
-
-SIGN_OFFSET = 128
-"""What an unsigned activation, or an unsigned 8-bit code, has more than the signed one."""
 
 SCALE_PADDING, ZERO_POINT_PADDING = 8, 16
 """Elements more in a row of a correction's scales or zero points, so that a warp reads other banks in other rows."""
@@ -38,21 +45,21 @@ SCALE_PADDING, ZERO_POINT_PADDING = 8, 16
 
 def unpack_codes4(packed: fa.FragmentedArray) -> fa.FragmentedArray:
     """Codes 0..15 as bytes, `[64, group_size]`, from packed bytes `[64, group_size // 2]`."""
-    words = registers.registers_as_i32(packed)
+    words = registers_as_i32(packed)
     halves = [np.empty(words.shape, dtype=object) for _ in range(2)]
     for index, word in np.ndenumerate(words):
         for half, shift in zip(halves, (0, 4), strict=True):
             nibbles = arith.shrui(word, i32_constant(shift)) if shift else word
             half[index] = arith.andi(nibbles, i32_constant(0x0F0F0F0F))
-    return registers.as_int8(np.concatenate(halves, axis=1))
+    return as_int8(np.concatenate(halves, axis=1))
 
 
 def offset_codes8(codes: fa.FragmentedArray) -> fa.FragmentedArray:
     """int8 codes plus 128, as unsigned bytes."""
-    words = registers.registers_as_i32(codes)
+    words = registers_as_i32(codes)
     for index, word in np.ndenumerate(words):
         words[index] = arith.xori(word, i32_constant(0x80808080))
-    return registers.as_int8(words)
+    return as_int8(words)
 
 
 def issue_dot(codes: fa.FragmentedArray, activations: ir.Value, tokens: int) -> fa.FragmentedArray:
@@ -61,13 +68,15 @@ def issue_dot(codes: fa.FragmentedArray, activations: ir.Value, tokens: int) -> 
     Its first instruction writes its accumulator without reading it, so that it needs no start value and the assembler
     may start it early, in other registers, while the former dot is scaled.
     """
-    i32 = ir.IntegerType.get_signless(32)
-    words = list(registers.registers_as_i32(codes).flat)
+    words = list(registers_as_i32(codes).flat)
     num_sums, steps = tokens // 2, len(words) // 4
-    descriptor = num_sums + len(words)
     outputs = ", ".join(f"${index}" for index in range(num_sums))
     lines = [".reg .pred first, next;", ".reg .b32 low, high;", f".reg .b32 l<{steps}>;", f".reg .b64 d<{steps}>;"]
-    lines += ["setp.ne.b32 first, 0, 0;", "setp.eq.b32 next, 0, 0;", f"mov.b64 {{low, high}}, ${descriptor};"]
+    lines += [
+        "setp.ne.b32 first, 0, 0;",
+        "setp.eq.b32 next, 0, 0;",
+        f"mov.b64 {{low, high}}, ${num_sums + len(words)};",
+    ]
     lines.append("wgmma.fence.sync.aligned;")
     for step in range(steps):
         left = ", ".join(f"${num_sums + 4 * step + index}" for index in range(4))
@@ -78,14 +87,9 @@ def issue_dot(codes: fa.FragmentedArray, activations: ir.Value, tokens: int) -> 
             f"wgmma.mma_async.sync.aligned.m64n{tokens}k32.s32.u8.u8 {{{outputs}}}, {{{left}}}, d{step}, {adds};"
         )
     lines.append("wgmma.commit_group.sync.aligned;")
-    result = llvm.inline_asm(
-        llvm.StructType.get_literal([i32] * num_sums),
-        [*words, registers.descriptor(activations, 32 * steps)],
-        "{ " + " ".join(lines) + " }",
-        ",".join(["=r"] * num_sums + ["r"] * len(words) + ["l"]),
-        has_side_effects=True,
-    )
-    return _accumulator(result, i32, tokens, is_signed=True)
+    right = descriptor(activations, 32 * steps)
+    sums = issue_wgmma(lines, ir.IntegerType.get_signless(32), num_sums, left=words, right=right)
+    return fragment(sums, like=zero_total(tokens), is_signed=True)
 
 
 def load_channel_scales(scales: ir.Value, sums: ir.Value, first: ir.Value) -> list[Any]:
@@ -104,7 +108,7 @@ def load_channel_scales(scales: ir.Value, sums: ir.Value, first: ir.Value) -> li
         scale = arith.extf(f32, load(scales, place, ir.F16Type.get()))
         scale = arith.mulf(scale, f32_constant(TOTAL_SCALE * 2.0**149))
         total = _denormal(load(sums, place, ir.IntegerType.get_signless(16)))
-        pairs.append((scale, arith.mulf(arith.mulf(total, f32_constant(-float(SIGN_OFFSET))), scale)))
+        pairs.append((scale, arith.mulf(arith.mulf(total, f32_constant(-float(OFFSET))), scale)))
     return pairs
 
 
@@ -122,19 +126,20 @@ def add_scaled(
     `token_scales` is float32, those of the tile at `first_token` on; `pairs` promises that this is even.
     """
     f32 = ir.F32Type.get()
-    new = np.empty(total.registers.shape, dtype=object)
-    for block in range(total.registers.size // 4):
-        # Loaded where they are used: the assembler then finds registers for them.
-        of_tokens = registers.load_token_scales(
-            token_scales, arith.addi(first_token, i32_constant(8 * block)), 8, pairs=pairs
-        )
-        for half, lane in itertools.product(range(2), range(2)):
-            index = 4 * block + 2 * half + lane
-            bits = arith.bitcast(f32, element(dot.registers.flat[index]))
-            weighted = mlir_math.fma(bits, *channel_scales[half])
-            sum_ = mlir_math.fma(weighted, of_tokens[lane], element(total.registers.flat[index]))
-            new.flat[index] = vector.broadcast(ir.VectorType.get((1,), f32), sum_)
-    return fa.FragmentedArray(_registers=new, _layout=total.layout, _is_signed=None)
+
+    def sums() -> Iterator[ir.Value]:
+        for block in range(total.registers.size // 4):
+            # Loaded where they are used: the assembler then finds registers for them.
+            of_tokens = load_token_scales(
+                token_scales, arith.addi(first_token, i32_constant(8 * block)), 8, pairs=pairs
+            )
+            for half, lane in itertools.product(range(2), range(2)):
+                index = 4 * block + 2 * half + lane
+                bits = arith.bitcast(f32, element(dot.registers.flat[index]))
+                weighted = mlir_math.fma(bits, *channel_scales[half])
+                yield mlir_math.fma(weighted, of_tokens[lane], element(total.registers.flat[index]))
+
+    return fragment(sums(), like=total)
 
 
 def subtract_zero_points(
@@ -154,27 +159,10 @@ def subtract_zero_points(
             lower term. Zero where there is no group.
         first_channel: The warpgroup's first channel of the tile.
         scales: float16 `[32, channels + SCALE_PADDING]` in shared memory.
-        zero_points: uint8 `[32, channels + ZERO_POINT_PADDING]`, or None where all are `SIGN_OFFSET`.
+        zero_points: uint8 `[32, channels + ZERO_POINT_PADDING]`, or None where all are `OFFSET`.
     """
-    f32 = ir.F32Type.get()
-    channel, pair = lane_position()
-    channel = arith.addi(first_channel, channel)
-    left: dict[tuple[int, int, int], ir.Value] = {}  # by term, step of 16 groups, register
-    for half, step, upper in itertools.product(range(2), range(2), range(2)):
-        values = []
-        for one in range(2):
-            group = 16 * step + 8 * upper + one
-            scale = arith.extf(f32, _load_of_group(scales, pair, group, channel, 8 * half, ir.F16Type.get()))
-            if zero_points is None:
-                values.append(arith.mulf(scale, f32_constant(-SIGN_OFFSET * TOTAL_SCALE)))
-                continue
-            byte = _load_of_group(zero_points, pair, group, channel, 8 * half, ir.IntegerType.get_signless(8))
-            values.append(arith.mulf(arith.mulf(scale, f32_constant(-TOTAL_SCALE * 2.0**149)), _denormal(byte)))
-        word = _bfloat16_pair(values)
-        rounded = [arith.shli(word, i32_constant(16)), arith.andi(word, i32_constant(0xFFFF0000))]
-        rest = [arith.subf(value, arith.bitcast(f32, bits)) for value, bits in zip(values, rounded, strict=True)]
-        left[0, step, 2 * upper + half], left[1, step, 2 * upper + half] = word, _bfloat16_pair(rest)
-    sums = [element(register) for register in total.registers.flat]
+    left = _zero_point_words(first_channel, scales, zero_points)
+    sums = elements(total)
     keys = list(itertools.product(range(2), range(2), range(4)))
     num_sums, tokens = len(sums), total.shape[1]
     outputs = ", ".join(f"${index}" for index in range(num_sums))
@@ -187,24 +175,44 @@ def subtract_zero_points(
             f"{{{outputs}}}, {{{words}}}, d{2 * right_term + step}, add, 1, 1, 0;"
         )
     lines += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"]
-    result = llvm.inline_asm(
-        llvm.StructType.get_literal([f32] * num_sums),
-        [*sums, *(left[key] for key in keys), registers.descriptor(activation_sums, 128)],
-        "{ " + " ".join(lines) + " }",
-        ",".join(["=f"] * num_sums + [str(index) for index in range(num_sums)] + ["r"] * len(keys) + ["l"]),
-        has_side_effects=True,
-    )
-    return fa.optimization_barrier(_accumulator(result, f32, tokens, is_signed=None))
+    right = descriptor(activation_sums, 128)
+    new = issue_wgmma(lines, ir.F32Type.get(), num_sums, start=sums, left=[left[key] for key in keys], right=right)
+    return fa.optimization_barrier(fragment(new, like=zero_total(tokens)))
+
+
+def _zero_point_words(
+    first_channel: ir.Value, scales: ir.Value, zero_points: ir.Value | None
+) -> dict[tuple[int, int, int], ir.Value]:
+    """Minus scale * zero point of 32 groups and the thread's two channels, times `TOTAL_SCALE`, as a left operand.
+
+    Returns:
+        Words of two bfloat16 by term (upper, lower), step of 16 groups, and register: channel half, then group half.
+    """
+    f32 = ir.F32Type.get()
+    channel, pair = lane_position()
+    channel = arith.addi(first_channel, channel)
+    words: dict[tuple[int, int, int], ir.Value] = {}
+    for half, step, upper in itertools.product(range(2), range(2), range(2)):
+        values = []
+        for one in range(2):
+            group = 16 * step + 8 * upper + one
+            scale = arith.extf(f32, _load_of_group(scales, pair, group, channel, 8 * half, ir.F16Type.get()))
+            if zero_points is None:
+                values.append(arith.mulf(scale, f32_constant(-OFFSET * TOTAL_SCALE)))
+                continue
+            byte = _load_of_group(zero_points, pair, group, channel, 8 * half, ir.IntegerType.get_signless(8))
+            values.append(arith.mulf(arith.mulf(scale, f32_constant(-TOTAL_SCALE * 2.0**149)), _denormal(byte)))
+        word = _bfloat16_pair(values)
+        rounded = [arith.shli(word, i32_constant(16)), arith.andi(word, i32_constant(0xFFFF0000))]
+        rest = [arith.subf(value, arith.bitcast(f32, bits)) for value, bits in zip(values, rounded, strict=True)]
+        words[0, step, 2 * upper + half], words[1, step, 2 * upper + half] = word, _bfloat16_pair(rest)
+    return words
 
 
 def unscaled(total: fa.FragmentedArray) -> fa.FragmentedArray:
     """The totals without `TOTAL_SCALE`."""
-    f32 = ir.F32Type.get()
-    new = np.empty(total.registers.shape, dtype=object)
-    for index, register in np.ndenumerate(total.registers):
-        value = arith.mulf(element(register), f32_constant(1 / TOTAL_SCALE))
-        new[index] = vector.broadcast(ir.VectorType.get((1,), f32), value)
-    return fa.FragmentedArray(_registers=new, _layout=total.layout, _is_signed=None)
+    values = (arith.mulf(element(register), f32_constant(1 / TOTAL_SCALE)) for register in total.registers.flat)
+    return fragment(values, like=total)
 
 
 def _denormal(integer: ir.Value) -> ir.Value:
@@ -218,20 +226,10 @@ def _load_of_group(
     """`ref[first_group + group, first_channel + channel]`; what is static is part of the instruction."""
     pitch = ir.MemRefType(ref.type).shape[1]
     place = arith.addi(arith.muli(first_group, i32_constant(pitch)), first_channel)
-    pointer = utils.getelementptr(utils.memref_ptr(ref), [place], dtype)
+    pointer = at(utils.memref_ptr(ref), place, dtype)
     return llvm.load(dtype, utils.getelementptr(pointer, [group * pitch + channel], dtype))
 
 
 def _bfloat16_pair(values: list[ir.Value]) -> ir.Value:
     """Two floats, rounded to nearest, in one word; the first one in its lower half."""
     return utils.inline_ptx("cvt.rn.bf16x2.f32 $0, $2, $1;", *values, result_types=ir.IntegerType.get_signless(32))
-
-
-def _accumulator(result: Any, dtype: ir.Type, tokens: int, *, is_signed: bool | None) -> fa.FragmentedArray:
-    """A fragment `[64, tokens]` from what an instruction sequence returned."""
-    like = registers.zero_total(tokens)
-    words = np.empty(like.registers.shape, dtype=object)
-    for index in range(words.size):
-        value = llvm.extractvalue(dtype, result, [index])
-        words.flat[index] = vector.broadcast(ir.VectorType.get((1,), dtype), value)
-    return fa.FragmentedArray(_registers=words, _layout=like.layout, _is_signed=is_signed)
