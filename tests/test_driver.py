@@ -225,11 +225,14 @@ def test_one_compilation_serves_all_blocks(float_model, tokens, tmp_path) -> Non
 
 
 def test_bad_input_is_refused_and_nothing_is_lost(float_model, tokens, quantized, tmp_path) -> None:
-    before = files_of(quantized)
+    before, source = files_of(quantized), files_of(float_model)
     with pytest.raises(CheckpointError, match="quantised already"):
         run(quantized, tmp_path / "twice", tokens, scheme())
     with pytest.raises(OutputExistsError, match="exists already"):
         run(float_model, quantized, tokens, scheme())
+    for overwrite in (False, True):
+        with pytest.raises(OptionError, match="is the float model itself"):
+            run(float_model, float_model.parent / "x" / ".." / "float", tokens, scheme(), overwrite=overwrite)
     with pytest.raises(OptionError, match="96 tokens"):
         run(float_model, tmp_path / "vocabulary", tokens + 60, scheme())
     with pytest.raises(OptionError, match="needs calibration"):
@@ -245,6 +248,7 @@ def test_bad_input_is_refused_and_nothing_is_lost(float_model, tokens, quantized
     with pytest.raises(CheckpointError, match="no such file"):
         SalienceScores.read(float_model)
     assert files_of(quantized) == before
+    assert files_of(float_model) == source
 
 
 def test_a_broken_model_is_reported_with_its_folder(tokens, tmp_path) -> None:
@@ -286,8 +290,10 @@ def test_too_small_a_disk_is_found_before_the_work_starts(float_model, tokens, t
     import shutil
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(MixLLMError, match=r"0\.0 GB of disk .*--samples"):
+    with pytest.raises(MixLLMError, match=r"at all blocks need 1\d\d\.\d kB of disk, 1\.0 kB are free.*--samples"):
         run(float_model, tmp_path / "out", tokens, scheme())
+    with pytest.raises(MixLLMError, match=r"the quantised model needs \d\d\.\d kB of disk, 1\.0 kB are free"):
+        run(float_model, tmp_path / "out", None, scheme(eight_bit_share=0.0, method="rtn"))
     assert list(tmp_path.iterdir()) == []
 
 

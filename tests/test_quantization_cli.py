@@ -51,11 +51,14 @@ def test_quantize_prints_what_it_reached(folder: Path, tmp_path: Path, capsys: p
         (["--eight-bit-share", "1.5"], "between 0 and 1"),
         (["--group-size", "64"], "does not divide .* use 32"),
         (["--group-size", "48"], "one of 32, 64, 128"),
-        (["--samples", "0"], "samples must be at least 1"),
+        (["--bits", "nan"], "between 4 and 8, found nan"),
+        (["--seed", "-1"], r"--seed must be between 0 and 2\*\*32 - 1, found -1"),
+        (["--samples", "0"], "--samples must be at least 1"),
         (["--sequence-length", "400"], "exceeds the model's context of 160"),
         (["--samples", "99", "--sequence-length", "32"], "fewer --samples"),
         (["--calibration", "nothing.txt"], "no such file"),
         (["--salience", "nothing"], "no such file"),
+        (["--salience", __file__], r"not the salience file of a quantised model; leave"),
     ],
 )
 def test_options_that_cannot_work_are_refused_before_anything_is_written(
@@ -97,16 +100,16 @@ def test_ctrl_c_says_how_to_go_on(
     from mixllm_jax.quantization import sweep
 
     command = ["quantize", str(folder / "float"), "--out", str(tmp_path / "out"), *SMALL, "--bits", "4"]
-    original = sweep.gptq
+    original = sweep.HessianSum
 
-    def interrupted(*arguments: object, **options: object) -> None:
+    def interrupted(in_features: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep, "gptq", interrupted)
+    monkeypatch.setattr(sweep, "HessianSum", interrupted)
     assert main(command) == 130
     assert "the same command goes on from there" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(sweep, "gptq", original)
+    monkeypatch.setattr(sweep, "HessianSum", original)
     assert main(command) == 0
     assert (tmp_path / "out").exists()
 

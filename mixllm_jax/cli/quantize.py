@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from mixllm_jax.errors import OptionError
 
 if TYPE_CHECKING:
+    from mixllm_jax.quantization.pieces import Pieces
     from mixllm_jax.quantization.report import QuantizationReport
 
 DEFAULT_SAMPLES = 16
@@ -33,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--group-size", type=int, metavar="N", help="input channels per scale: 32, 64, 128 (default: largest that fits)"
     )
-    parser.add_argument("--method", choices=("gptq", "rtn"), default="gptq", help="gptq, or rounding to nearest")
+    parser.add_argument(
+        "--method", choices=("gptq", "rtn"), default="gptq", help="gptq, or rtn: rounding to nearest (default: gptq)"
+    )
     parser.add_argument(
         "--allocation",
         choices=("global", "per-layer", "random"),
@@ -44,9 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--activation-bits", type=int, choices=(8, 16), default=8, help="16 leaves activations float (default: 8)"
     )
     parser.add_argument(
-        "--salience", type=Path, metavar="DIR", help="reuse the scores of this quantised folder, or salience.npz file"
+        "--salience", type=Path, metavar="DIR", help="reuse the scores of this quantised folder (or of a salience.npz)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing model folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it is a model folder already")
     calibration = parser.add_argument_group("calibration")
     calibration.add_argument(
         "--calibration",
@@ -62,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help=f"tokens of each (default: {DEFAULT_SEQUENCE_LENGTH}, or the model's context if shorter)",
     )
-    calibration.add_argument("--seed", type=int, default=0, help="of the choice of sequences (default: 0)")
+    calibration.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of sequences (default: 0)")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -103,6 +106,7 @@ def quantize(
     allocation: str = "global",
     activation_bits: int = 8,
     salience: str | Path | None = None,
+    pieces: Pieces | None = None,
     overwrite: bool = False,
     verbose: bool = True,
 ) -> QuantizationReport:
@@ -121,6 +125,7 @@ def quantize(
         allocation: `global`, or to compare with: `per-layer`, `random`.
         activation_bits: 8, or 16 for float activations.
         salience: quantised folder or `salience.npz` whose scores to reuse.
+        pieces: own functions in place of the method's score, choice of channels or rounding (docs/research.md).
         overwrite: replace an existing model folder.
         verbose: print what is done and the report, and draw a progress bar.
 
@@ -132,7 +137,8 @@ def quantize(
     """
     from mixllm_jax.calibration import calibration_sequences
     from mixllm_jax.checkpoint import CheckpointReader
-    from mixllm_jax.quantization.driver import quantize_checkpoint
+    from mixllm_jax.quantization.driver import check_output, quantize_checkpoint
+    from mixllm_jax.quantization.pieces import Pieces
     from mixllm_jax.quantization.report import format_report
     from mixllm_jax.quantization.salience_file import SalienceScores
     from mixllm_jax.quantization.scheme import QuantizationScheme, choose_group_size, share_of_bits
@@ -154,6 +160,7 @@ def quantize(
         sequence_length=sequence_length,
         seed=seed,
     )
+    check_output(reader, out, overwrite=overwrite)  # before a data set is fetched
     scores = None if salience is None else SalienceScores.read(salience)
     tokens = None
     if scheme.needs_calibration:
@@ -168,7 +175,14 @@ def quantize(
             )
     try:
         report = quantize_checkpoint(
-            reader, out, scheme, tokens, salience=scores, overwrite=overwrite, show_progress=verbose
+            reader,
+            out,
+            scheme,
+            tokens,
+            salience=scores,
+            pieces=pieces or Pieces(),
+            overwrite=overwrite,
+            show_progress=verbose,
         )
     except KeyboardInterrupt:
         print("\nwhat was done is kept: the same command goes on from there", file=sys.stderr)

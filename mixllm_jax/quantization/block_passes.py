@@ -14,6 +14,7 @@ from mixllm_jax.models.config import LINEAR_NAMES
 from mixllm_jax.models.decoder import Embedding, Head
 from mixllm_jax.models.linear import Linear
 from mixllm_jax.models.rope import RotaryEmbedding
+from mixllm_jax.quantization.pieces import Score
 from mixllm_jax.quantization.salience import rounding_error, sequence_salience
 
 _LOGITS_AT_ONCE = 1 << 25
@@ -33,9 +34,14 @@ def rounding_errors(block: Block, group_size: int) -> dict[str, jax.Array]:
     return {name: rounding_error(linear.weight.get_value(), group_size) for name, linear in block.linears().items()}
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="score")
 def backward(
-    block: Block, deltas: Mapping[str, jax.Array], x: jax.Array, rotary: RotaryEmbedding, gradient: jax.Array
+    block: Block,
+    deltas: Mapping[str, jax.Array],
+    x: jax.Array,
+    rotary: RotaryEmbedding,
+    gradient: jax.Array,
+    score: Score = sequence_salience,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Runs the block again and back, and scores its output channels.
 
@@ -45,9 +51,10 @@ def backward(
         x: the block's input.
         rotary: positions of the tokens.
         gradient: of each sequence's loss with respect to the block's output.
+        score: of the channels of a linear.
 
     Returns:
-        The gradient with respect to ``x``, and for each linear the salience, float32 [sequences, out_features].
+        The gradient with respect to ``x``, and for each linear the scores, float32 [sequences, out_features].
     """
 
     def run(x: jax.Array, taps: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -62,7 +69,7 @@ def backward(
     taps = {name: jnp.zeros((*x.shape[:-1], delta.shape[0]), x.dtype) for name, delta in deltas.items()}
     _, pullback, inputs = jax.vjp(run, x, taps, has_aux=True)
     x_gradient, tap_gradients = pullback(gradient)
-    scores = {name: sequence_salience(inputs[name], tap_gradients[name], deltas[name]) for name in deltas}
+    scores = {name: score(inputs[name], tap_gradients[name], deltas[name]) for name in deltas}
     return x_gradient, scores
 
 

@@ -2,21 +2,26 @@
 
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
-from mixllm_jax.checkpoint import METADATA_FILE, CheckpointReader, CheckpointWriter
+from mixllm_jax.checkpoint import METADATA_FILE, CheckpointReader, CheckpointWriter, check_target
 from mixllm_jax.errors import CheckpointError, OptionError, StorageError
-from mixllm_jax.quantization.allocation import allocate, split_by_linear
+from mixllm_jax.quantization.allocation import Segment, allocate, split_by_linear
+from mixllm_jax.quantization.pieces import Choice, Pieces
 from mixllm_jax.quantization.progress import Progress
-from mixllm_jax.quantization.report import QuantizationReport, make_report, model_segments
+from mixllm_jax.quantization.report import QuantizationReport, format_size, make_report, model_segments
 from mixllm_jax.quantization.runtime import Runtime, StreamedModel
 from mixllm_jax.quantization.salience_file import SALIENCE_FILE, SalienceScores, model_fingerprint, tokens_fingerprint
 from mixllm_jax.quantization.scheme import QuantizationScheme
 from mixllm_jax.quantization.scoring import score_channels, scoring_cost
 from mixllm_jax.quantization.sweep import quantize_blocks, sweep_cost
+
+METHOD = Pieces()
+"""All pieces as in the paper."""
 
 
 def quantize_checkpoint(
@@ -26,6 +31,7 @@ def quantize_checkpoint(
     tokens: np.ndarray | None,
     *,
     salience: SalienceScores | None = None,
+    pieces: Pieces = METHOD,
     overwrite: bool = False,
     show_progress: bool = True,
 ) -> QuantizationReport:
@@ -41,6 +47,7 @@ def quantize_checkpoint(
         scheme: what to quantise to, and how.
         tokens: int32 [samples, sequence_length], the calibration sequences; None where ``scheme`` needs none.
         salience: scores to use instead of computing them.
+        pieces: own functions in place of the method's score, choice or rounding.
         overwrite: replace an existing model folder, or an unfinished one of other settings.
         show_progress: draw a progress bar with the time left.
 
@@ -48,13 +55,16 @@ def quantize_checkpoint(
         Bits per weight, sizes and where the 8-bit channels are; also stored in ``mixllm.json``.
 
     Raises:
-        CheckpointError: ``reader`` is not a float model, or the output folder exists.
-        OptionError: salience of another model, tokens outside the vocabulary, or missing though needed.
+        CheckpointError: ``reader`` is not a float model.
+        OutputExistsError: the output folder exists.
+        OptionError: salience of another model, tokens outside the vocabulary, or missing though needed; the output
+            folder is the float model.
         StorageError: the disk has no room for the work folder.
         MixLLMError: activations or the loss are not finite.
     """
     if reader.kind != "float":
         raise CheckpointError(f"{reader.path} is quantised already; quantize needs the float model")
+    check_output(reader, out_dir, overwrite=overwrite)
     config = reader.config
     segments = model_segments(config)
     channels = sum(segment.channels for segment in segments)
@@ -73,22 +83,23 @@ def quantize_checkpoint(
             "calibration": calibration,
             "salience": None if salience is None else tokens_fingerprint(salience.scores.view(np.int32)),
             "runtime": vars(model.runtime),
+            **({"replaced": pieces.replaced()} if pieces.replaced() else {}),
         },
     }
     must_score = scheme.needs_salience and salience is None
     work = sweep_cost(config.num_layers, scheme.method) + (scoring_cost(config.num_layers) if must_score else 0)
-    if must_score:
-        _check_disk_space(Path(out_dir), model)
+    _check_disk_space(Path(out_dir), model, scheme, must_score=must_score)
     with (
         CheckpointWriter(out_dir, metadata, overwrite, resume=True) as writer,
         Progress(work, show=show_progress) as progress,
     ):
         if must_score:
-            scores = score_channels(model, scheme.group_size, writer.work_dir, progress)
+            scores = score_channels(model, scheme.group_size, writer.work_dir, progress, pieces.score)
             salience = SalienceScores(scores, source, scheme.group_size, calibration)
         scores = np.zeros(channels, np.float32) if salience is None else salience.scores
-        eight_bit = allocate(scores, segments, scheme.eight_bit_share, scheme.allocation, scheme.seed)
-        quantize_blocks(model, scheme, split_by_linear(eight_bit, segments), writer, progress)
+        eight_bit = _chosen(scores, segments, scheme, pieces.choose)
+        masks = split_by_linear(eight_bit, segments)
+        quantize_blocks(model, scheme, masks, writer, progress, pieces.quantize_weight)
         for part in ("embedding", "final"):
             if not writer.has_part(part):
                 writer.write_part(part, reader.read_part(part))
@@ -102,18 +113,56 @@ def quantize_checkpoint(
     return report
 
 
-def _check_disk_space(out_dir: Path, model: StreamedModel) -> None:
-    """The forward pass stores the residual stream before every block; better to know now that it will not fit."""
+def check_output(reader: CheckpointReader, out_dir: str | Path, *, overwrite: bool) -> None:
+    """Checks where the quantised folder is to be, before any work.
+
+    Raises:
+        OptionError: it would replace the float model.
+        OutputExistsError: it exists.
+    """
+    if Path(out_dir).resolve() == reader.path.resolve():
+        raise OptionError(f"--out {out_dir} is the float model itself: choose another folder, the model is kept")
+    check_target(out_dir, overwrite=overwrite)
+
+
+def _check_disk_space(out_dir: Path, model: StreamedModel, scheme: QuantizationScheme, *, must_score: bool) -> None:
+    """The most that will be on the disk at once; better to know now that it will not fit.
+
+    The forward pass stores the residual stream before every block; what it stored is gone when the parts are written.
+    """
     folder = next(parent for parent in out_dir.absolute().parents if parent.exists())
-    needed = (model.config.num_layers + 1) * math.prod(model.hidden_shape()) * jnp.dtype(model.runtime.dtype).itemsize
-    partial = out_dir.absolute().with_name(f".{out_dir.name}.partial")
+    hidden = math.prod(model.hidden_shape()) * jnp.dtype(model.runtime.dtype).itemsize
+    activations = (model.config.num_layers + 1) * hidden if must_score else 0
+    channels = sum(segment.channels for segment in model_segments(model.config))
+    smallest = make_report(model.config, np.zeros(channels, bool), scheme.group_size)  # all channels at 4 bits
+    parts = smallest.linear_bytes + smallest.other_bytes_16bit
+    needed = max(activations, parts)
     free = shutil.disk_usage(folder).free
+    partial = out_dir.absolute().with_name(f".{out_dir.name}.partial")
     if free < needed and not partial.exists():  # an unfinished run holds some of it already
+        reason, remedy = "the quantised model needs", ""
+        if needed == activations:
+            reason = f"the activations of {len(model.tokens)} calibration sequences at all blocks need"
+            remedy = ", or fewer or shorter sequences (--samples, --sequence-length)"
         raise StorageError(
-            f"{folder}: the activations of {len(model.tokens)} calibration sequences at all blocks need "
-            f"{needed / 1e9:.1f} GB of disk while the salience is computed, {free / 1e9:.1f} GB are free. Free some "
-            "space, choose an --out on another disk, or fewer or shorter sequences (--samples, --sequence-length)"
+            f"{folder}: {reason} {format_size(needed)} of disk, {format_size(free)} are free. Free some space, or "
+            f"choose an --out on another disk{remedy}"
         )
+
+
+def _chosen(
+    scores: np.ndarray, segments: Sequence[Segment], scheme: QuantizationScheme, choose: Choice | None
+) -> np.ndarray:
+    """The 8-bit channels, bool [channels]; ValueError where a function of the user's returns something else."""
+    if choose is None:
+        return allocate(scores, segments, scheme.eight_bit_share, scheme.allocation, scheme.seed)
+    chosen = np.asarray(choose(scores, segments, round(scheme.eight_bit_share * len(scores))))
+    if chosen.dtype != bool or chosen.shape != scores.shape:
+        raise ValueError(
+            f"choose must return bool {list(scores.shape)}, one for each channel; found {chosen.dtype} "
+            f"{list(chosen.shape)}"
+        )
+    return chosen
 
 
 def _checked_tokens(tokens: np.ndarray | None, scheme: QuantizationScheme, vocab_size: int) -> np.ndarray:

@@ -8,11 +8,17 @@ from pallas_kernels.packing import PackedWeight, pack
 
 
 def pack_weight(weight: QuantizedWeight) -> PackedWeight:
-    """The packed weight (NumPy arrays), rows ascending in output channel within each bit width."""
+    """The packed weight (NumPy arrays), rows ascending in output channel within each bit width.
+
+    Raises:
+        ValueError: a 4-bit code that is not 0..15 with its zero point.
+    """
     codes, scales, zero_points, eight_bit = (np.asarray(part) for part in weight)
     group_size = codes.shape[1] // scales.shape[1]
     rows4, rows8 = np.flatnonzero(~eight_bit), np.flatnonzero(eight_bit)
     stored4 = codes[rows4] + np.repeat(zero_points[rows4], group_size, axis=1).astype(np.int8)
+    if stored4.size and not (stored4.min() >= 0 and stored4.max() <= 15):
+        raise ValueError(f"4-bit codes with their zero point must be 0..15, found {stored4.min()}..{stored4.max()}")
     return pack(
         stored4.astype(np.uint8),
         scales[rows4],

@@ -100,19 +100,24 @@ def make_report(config: ModelConfig, eight_bit: np.ndarray, group_size: int) -> 
 def format_report(report: QuantizationReport) -> str:
     """A few lines for a terminal."""
     shares = "  ".join(f"{kind} {100 * share:.1f}" for kind, share in report.share_by_kind.items())
-    before = report.linear_bytes_16bit + report.other_bytes_16bit
-    after = report.linear_bytes + report.other_bytes_16bit
+    linears, linears16 = report.linear_bytes, report.linear_bytes_16bit
+    whole, whole16 = linears + report.other_bytes_16bit, linears16 + report.other_bytes_16bit
+    rest = "embedding, head and norms at 16 bits"
     return "\n".join(
         [
             f"bits per weight      {report.bits_per_weight:.3f} (with scales and zero points)",
             f"8-bit share          {100 * report.channel_share:.2f} % of the output channels, "
             f"{100 * report.weight_share:.2f} % of the weights",
             f"8-bit channels in %  {shares}",
-            f"quantised linears    {_size(report.linear_bytes)}, at 16 bits {_size(report.linear_bytes_16bit)}",
-            f"whole model          {_size(after)}, at 16 bits {_size(before)} (embedding, head and norms at 16 bits)",
+            f"quantised linears    {format_size(linears)}, at 16 bits {format_size(linears16)}",
+            f"whole model          {format_size(whole)}, at 16 bits {format_size(whole16)} ({rest})",
         ]
     )
 
 
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+def format_size(count: int) -> str:
+    """Bytes for a person: ``4.92 GB``, ``538.1 MB``, ``83.4 kB``."""
+    for unit, factor, digits in (("GB", 1e9, 2), ("MB", 1e6, 1)):
+        if count >= factor:
+            return f"{count / factor:.{digits}f} {unit}"
+    return f"{count / 1e3:.1f} kB"

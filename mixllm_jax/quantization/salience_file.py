@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -65,8 +66,10 @@ class SalienceScores:
                     int(arrays["group_size"]),
                     str(arrays["calibration"]),
                 )
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise CheckpointError(f"{file} is damaged or not a salience file ({error}); compute it again") from error
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise CheckpointError(
+                f"{file} is damaged, or not the salience file of a quantised model; leave --salience out to compute it"
+            ) from error
 
     def check_fits(self, model: str, channels: int, group_size: int) -> None:
         """Checks that the scores are those of this model and group size.

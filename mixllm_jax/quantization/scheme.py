@@ -24,7 +24,7 @@ class QuantizationScheme:
         allocation: how 8-bit channels are chosen: ``global``, ``per-layer`` or ``random`` (the last two to compare).
         samples: calibration sequences.
         sequence_length: tokens of each.
-        seed: of the choice of calibration sequences, and of a random allocation.
+        seed: of the choice of calibration sequences, and of a random allocation; 0 to 2**32 - 1.
 
     Raises:
         OptionError: a value that cannot work; the message names the value and what would.
@@ -49,11 +49,14 @@ class QuantizationScheme:
             ("allocation", ALLOCATIONS),
         ):
             if (value := getattr(self, name)) not in options:
-                raise OptionError(f"{name} must be one of {', '.join(map(str, options))}, found {value}")
+                option = name.replace("_", "-")
+                raise OptionError(f"--{option} must be one of {', '.join(map(str, options))}, found {value}")
         if self.samples < 1:
-            raise OptionError(f"samples must be at least 1, found {self.samples}")
+            raise OptionError(f"--samples must be at least 1, found {self.samples}")
         if self.sequence_length < 2:
-            raise OptionError(f"sequence_length must be at least 2, found {self.sequence_length}")
+            raise OptionError(f"--sequence-length must be at least 2, found {self.sequence_length}")
+        if not 0 <= self.seed < 1 << 32:
+            raise OptionError(f"--seed must be between 0 and 2**32 - 1, found {self.seed}")
 
     @property
     def weight_bits(self) -> float:

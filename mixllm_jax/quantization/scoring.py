@@ -18,8 +18,10 @@ from mixllm_jax.errors import MixLLMError
 from mixllm_jax.models.config import LINEAR_NAMES
 from mixllm_jax.quantization import block_passes
 from mixllm_jax.quantization.activation_store import ActivationStore
+from mixllm_jax.quantization.pieces import Score
 from mixllm_jax.quantization.progress import Progress
 from mixllm_jax.quantization.runtime import StreamedModel
+from mixllm_jax.quantization.salience import sequence_salience
 
 FORWARD_COST, BACKWARD_COST = 1.0, 4.0
 """Work per block in units of :class:`~mixllm_jax.quantization.progress.Progress`."""
@@ -30,14 +32,17 @@ def scoring_cost(num_layers: int) -> float:
     return num_layers * (FORWARD_COST + BACKWARD_COST)
 
 
-def score_channels(model: StreamedModel, group_size: int, folder: Path, progress: Progress) -> np.ndarray:
-    """Eq. 4 for all output channels of the quantised linears.
+def score_channels(
+    model: StreamedModel, group_size: int, folder: Path, progress: Progress, score: Score = sequence_salience
+) -> np.ndarray:
+    """The mean score over the sequences of all output channels of the quantised linears.
 
     Args:
         model: the float model and the calibration sequences.
         group_size: of the 4-bit rounding whose effect is estimated.
         folder: work folder, with what an earlier run left.
         progress: counts the work.
+        score: of the channels of a linear, for each sequence; by default Eq. 4.
 
     Returns:
         float32 [channels], ordered by layer, linear, channel.
@@ -56,7 +61,7 @@ def score_channels(model: StreamedModel, group_size: int, folder: Path, progress
         progress.skip((num_layers - len(todo)) * BACKWARD_COST)
         for layer in reversed(todo):
             progress.describe(f"salience of block {layer + 1}/{num_layers}")
-            _run_backward(model, group_size, layer, store, folder)
+            _run_backward(model, group_size, layer, store, folder, score)
             progress.advance(BACKWARD_COST)
     else:
         progress.skip(scoring_cost(num_layers))
@@ -113,7 +118,9 @@ def _run_forward(model: StreamedModel, store: ActivationStore, progress: Progres
     store.delete(_input(num_layers))
 
 
-def _run_backward(model: StreamedModel, group_size: int, layer: int, store: ActivationStore, folder: Path) -> None:
+def _run_backward(
+    model: StreamedModel, group_size: int, layer: int, store: ActivationStore, folder: Path, score: Score
+) -> None:
     batch = model.runtime.batch
     block = model.block(layer, model.read_layer(layer))
     deltas = block_passes.rounding_errors(block, group_size)
@@ -122,7 +129,7 @@ def _run_backward(model: StreamedModel, group_size: int, layer: int, store: Acti
 
     def gradients() -> Iterator[np.ndarray]:
         for x, gradient in zip(store.read(_input(layer), batch), store.read(_gradient(layer + 1), batch), strict=True):
-            x_gradient, batch_scores = block_passes.backward(block, deltas, x, rotary, gradient)
+            x_gradient, batch_scores = block_passes.backward(block, deltas, x, rotary, gradient, score)
             for name in LINEAR_NAMES:
                 scores[name].append(batch_scores[name])
             yield np.asarray(x_gradient)

@@ -17,11 +17,11 @@ from mixllm_jax.errors import MixLLMError
 from mixllm_jax.models.config import LINEAR_NAMES, LINEAR_PATHS, layer_part_name
 from mixllm_jax.quantization import block_passes
 from mixllm_jax.quantization.activation_store import ActivationStore
-from mixllm_jax.quantization.gptq import gptq
-from mixllm_jax.quantization.hessian import HessianSum, factor_hessian
+from mixllm_jax.quantization.hessian import HessianSum
 from mixllm_jax.quantization.packed import pack_for_calibration, pack_weight
+from mixllm_jax.quantization.pieces import Rounding, gptq_weight
 from mixllm_jax.quantization.progress import Progress
-from mixllm_jax.quantization.rounding import QuantizedWeight, round_to_nearest
+from mixllm_jax.quantization.rounding import round_to_nearest
 from mixllm_jax.quantization.runtime import StreamedModel
 from mixllm_jax.quantization.scheme import QuantizationScheme
 from pallas_kernels.packing import PackedWeight
@@ -47,6 +47,7 @@ def quantize_blocks(
     eight_bit: EightBitMasks,
     writer: CheckpointWriter,
     progress: Progress,
+    quantize_weight: Rounding = gptq_weight,
 ) -> None:
     """Writes the quantised part of every block that ``writer`` does not have yet.
 
@@ -64,7 +65,7 @@ def quantize_blocks(
         _check_finite(model, layer, parameters)
         masks = {name: eight_bit[layer, name] for name in LINEAR_NAMES}
         if scheme.method == "gptq":
-            packed = _gptq_block(model, scheme, layer, parameters, masks, writer)
+            packed = _calibrated_block(model, scheme, layer, parameters, masks, writer, quantize_weight)
         else:
             packed = {
                 name: pack_weight(_round(jnp.asarray(parameters[_weight_path(name)]), mask, scheme.group_size))
@@ -100,13 +101,14 @@ def _store(model: StreamedModel, writer: CheckpointWriter) -> ActivationStore:
     return ActivationStore(writer.work_dir, jnp.dtype(model.runtime.dtype))
 
 
-def _gptq_block(
+def _calibrated_block(
     model: StreamedModel,
     scheme: QuantizationScheme,
     layer: int,
     parameters: dict[str, Any],
     masks: Mapping[str, np.ndarray],
     writer: CheckpointWriter,
+    quantize_weight: Rounding,
 ) -> dict[str, PackedWeight]:
     """Quantises the four linears of a block one after the other and stores the block's output."""
     store, batch, rotary = _store(model, writer), model.runtime.batch, model.rotary()
@@ -122,10 +124,9 @@ def _gptq_block(
         nonlocal block
         weight = jnp.asarray(parameters[_weight_path(name)])
         try:
-            factored = factor_hessian(hessian.mean(), scheme.group_size)
+            result = quantize_weight(weight, hessian.mean(), masks[name], scheme.group_size)
         except FloatingPointError as error:
             raise MixLLMError(f"{model.reader.path}: block {layer}, {name}: {error}") from error
-        result: QuantizedWeight = gptq(weight, factored, masks[name]).weight
         packed[name] = pack_weight(result)
         calibrated[_weight_path(name)] = pack_for_calibration(result)
         block = model.block(layer, calibrated, scheme.activation_bits)
