@@ -16,7 +16,7 @@ from mixllm_jax.device import require_kernels
 from mixllm_jax.errors import OptionError
 from mixllm_jax.generation.memory import explain_shortage_of_weights
 from mixllm_jax.loaded_model import LoadedModel
-from mixllm_jax.models.common_shapes import with_common_shape
+from mixllm_jax.models.common_shapes import for_default_device
 from mixllm_jax.models.decoder import Decoder
 from mixllm_jax.models.eight_bit_table import TableBits, choose_bits
 from mixllm_jax.models.parameters import Execution
@@ -125,8 +125,6 @@ def _next_part(parts: Iterator[tuple[str, Any]], wanted: str) -> Any:
     name, part = next(parts)
     if name != wanted:
         raise AssertionError(f"the decoder asked for part {wanted!r} where {name!r} comes next")
-    if jax.default_backend() == "cpu":  # XLA compiles nothing for a layer's number of 8-bit channels that takes long
-        return part
     return {
-        path: with_common_shape(value) if isinstance(value, PackedWeight) else value for path, value in part.items()
+        path: for_default_device(value) if isinstance(value, PackedWeight) else value for path, value in part.items()
     }

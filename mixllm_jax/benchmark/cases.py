@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mixllm_jax.errors import OptionError
+from mixllm_jax.models.random_allocation import RandomAllocation
 
-KEY = ("model", "scheme", "batch", "context", "kv_bits", "lm_head_bits", "embedding_bits")
-"""The fields that identify a row; a profile has its `phase` besides, `decode` or `prefill`."""
+KEY = ("model", "scheme", "allocation", "batch", "context", "kv_bits", "lm_head_bits", "embedding_bits", "phase")
+"""The fields that identify a row or a profile. `phase` is a profile's, `decode` or `prefill`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Plan:
         lm_head_bits: 16 or 8.
         embedding_bits: 16 or 8.
         decode_steps: Timed decode steps.
+        allocation: Where random weights have their 8-bit channels.
         profile: Whether to profile a decode step of the first and the last batch at the first context, and one prefill.
     """
 
@@ -39,6 +41,7 @@ class Plan:
     lm_head_bits: Literal[8, 16] = 16
     embedding_bits: Literal[8, 16] = 16
     decode_steps: int = 128
+    allocation: RandomAllocation = "uniform"
     profile: bool = False
 
     def to_json(self) -> str:
@@ -58,6 +61,7 @@ class Plan:
         return {
             "model": Path(self.model).name,
             "scheme": self.scheme,
+            "allocation": self.allocation,
             "batch": batch,
             "context": context,
             "kv_bits": self.kv_bits,
@@ -95,19 +99,16 @@ class Results:
 
         A case that failed keeps nothing, and its `error` ends with the next row of the case.
         """
-        key = tuple(row.get(name) for name in KEY)
-        older = [old for old in self.rows if tuple(old.get(name) for name in KEY) == key]
+        older = [old for old in self.rows if _key(old) == _key(row)]
         keeps = older and "error" not in row and "error" not in older[0]
         kept = {name: value for name, value in older[0].items() if row.get(name) is None} if keeps else {}
         self.rows = [old for old in self.rows if old not in older] + [row | kept]
-        self.rows.sort(key=lambda row: [(row[name] is None, str(row[name]).zfill(8)) for name in KEY])
+        self.rows.sort(key=lambda row: [(value is None, str(value).zfill(8)) for value in _key(row)])
         self._write()
 
     def add_profile(self, profile: dict[str, Any]) -> None:
         """Stores the profile of a decode step or a prefill in place of an older one of the same case."""
-        key = [profile.get(name) for name in (*KEY, "phase")]
-        others = [old for old in self.profiles if [old.get(name) for name in (*KEY, "phase")] != key]
-        self.profiles = [*others, profile]
+        self.profiles = [*(old for old in self.profiles if _key(old) != _key(profile)), profile]
         self._write()
 
     def _write(self) -> None:
@@ -119,6 +120,11 @@ class Results:
         body = json.dumps(self.header, indent=1)[:-2]
         partial.write_text(f'{body},\n "rows": [\n{lines["rows"]}\n ],\n "profiles": [\n{lines["profiles"]}\n ]\n}}\n')
         partial.replace(self.path)
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What identifies a row; those stored before there were other allocations are uniform."""
+    return tuple(({"allocation": "uniform"} | row).get(name) for name in KEY)
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
@@ -135,6 +141,8 @@ def format_table(rows: list[dict[str, Any]]) -> str:
         "time_to_first_token_ms": "first token ms",
         "peak_memory_gb": "peak GB",
     }
+    if any(row.get("allocation", "uniform") != "uniform" for row in rows):
+        columns["allocation"] = "allocation"
     if any("error" in row for row in rows):
         columns["error"] = "error"
 

@@ -133,6 +133,8 @@ def header(command: str) -> dict[str, Any]:
         "read_bandwidth_tb_s": None,
         "versions": versions(),
         "notes": {
+            "allocation": "8-bit channels of random weights: uniform, the same share of every linear; realistic, by "
+            "projection and depth as in SmolLM2-135M, and their numbers rounded up as those of a checkpoint",
             "context": "positions of the cache; the last decode steps before it is full are timed",
             "peak_memory_gb": "peak of the process so far, 1e9 bytes; of one row, with its prefill",
             "roofline_share": "bytes a step must read (weights, keys, values) at the read bandwidth, over its time",

@@ -62,6 +62,7 @@ def build_model(plan: Plan) -> Decoder:
         tied=config.tie_word_embeddings,
         lm_head_bits=plan.lm_head_bits,
         embedding_bits=plan.embedding_bits,
+        allocation=plan.allocation,
     )
     if weights.eight_bit_share is not None:
         require_kernels(fitting_group_size(config), "auto")  # figures of the slow reference are no figures

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mixllm_jax.cli.options import add_table_options
+from mixllm_jax.cli.options import add_random_allocation, add_table_options
 from mixllm_jax.errors import MixLLMError, OptionError
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--schemes", default=SCHEMES, metavar="LIST", help=f"formats of random weights (default: {SCHEMES})"
     )
+    add_random_allocation(parser)
     parser.add_argument(
         "--batches", type=_integers, default=(1, 4, 16, 64), metavar="LIST", help="(default: 1,4,16,64)"
     )
@@ -75,6 +76,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     if (arguments.folder is None) == (arguments.random_weights is None):
         raise OptionError("give either a model folder or --random-weights NAME")
+    if arguments.folder is not None and arguments.random_allocation is not None:
+        raise OptionError(f"--random-allocation is for --random-weights: {arguments.folder} has its own allocation")
     if arguments.compare_transformers:
         from mixllm_jax.benchmark.transformers_baseline import require_torch
 
@@ -97,6 +100,7 @@ def run(arguments: argparse.Namespace) -> None:
             kv_bits=arguments.kv_bits,
             lm_head_bits=tables.lm_head,
             embedding_bits=tables.embedding,
+            allocation="uniform" if scheme in ("bf16", "stored") else arguments.random_allocation or "uniform",
             profile=arguments.profile,
         )
         for scheme, tables in schemes.items()

@@ -8,7 +8,13 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixllm_jax.cli.options import add_execution_options, add_sampling_options, load_model, sampling_options
+from mixllm_jax.cli.options import (
+    add_execution_options,
+    add_random_allocation,
+    add_sampling_options,
+    load_model,
+    sampling_options,
+)
 from mixllm_jax.errors import OptionError
 
 if TYPE_CHECKING:
@@ -42,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scheme", metavar="NAME", help="format of --random-weights: W4A8 to W8A8, or bf16 (default: W4.4A8)"
     )
+    add_random_allocation(parser)
     add_sampling_options(parser, temperature=0.0, top_p=1.0)
     add_execution_options(parser)
 
@@ -52,6 +59,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise OptionError("give either a model folder or --random-weights NAME")
     if arguments.folder is not None and arguments.scheme is not None:
         raise OptionError(f"--scheme is for --random-weights: {arguments.folder} has its format, leave --scheme out")
+    if arguments.folder is not None and arguments.random_allocation is not None:
+        raise OptionError(f"--random-allocation is for --random-weights: {arguments.folder} has its own allocation")
     options: dict[str, Any] = {**sampling_options(arguments)}
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in arguments.prompt]
     if arguments.random_weights is not None:
@@ -114,6 +123,7 @@ def _generate_tokens(arguments: argparse.Namespace, prompts: list[str], options:
         tied=config.tie_word_embeddings,
         lm_head_bits=arguments.lm_head_bits,
         embedding_bits=arguments.embedding_bits,
+        allocation=arguments.random_allocation or "uniform",
     )
     if weights.eight_bit_share is not None or weights.lm_head_bits == 8:
         require_kernels(fitting_group_size(config), arguments.implementation)

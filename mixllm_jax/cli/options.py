@@ -53,6 +53,16 @@ def add_table_options(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_random_allocation(parser: argparse.ArgumentParser) -> None:
+    """Where random weights have their 8-bit channels."""
+    parser.add_argument(
+        "--random-allocation",
+        choices=("uniform", "realistic"),
+        help="8-bit channels of --random-weights: uniform, the same share of every linear (default); realistic, shares "
+        "by projection and depth as the global allocation gave SmolLM2-135M",
+    )
+
+
 def add_sampling_options(parser: argparse.ArgumentParser, *, temperature: float, top_p: float) -> None:
     """How to choose tokens."""
     group = parser.add_argument_group("sampling")

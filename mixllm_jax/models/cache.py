@@ -43,4 +43,3 @@ def _zeros(config: ModelConfig, batch: int, max_length: int, dtype: jnp.dtype) -
         for _ in range(config.num_layers)
     )
     return KVCache(layers, jnp.zeros((batch,), jnp.int32))
-

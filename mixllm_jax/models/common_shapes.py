@@ -33,6 +33,11 @@ def with_common_shape(weight: PackedWeight) -> PackedWeight:
     return packing.with_8bit_channels(weight, common_number(weight.n8, weight.out_features) - weight.n8)
 
 
+def for_default_device(weight: PackedWeight) -> PackedWeight:
+    """The weight as the default device is to have it: in a common shape, but on a CPU, where XLA compiles quickly."""
+    return weight if jax.default_backend() == "cpu" else with_common_shape(weight)
+
+
 def shape_on_gpu(weight: PackedWeight) -> PackedWeight:
     """The shapes that a weight has once it is loaded for a GPU, with the sums of codes that a Hopper GPU wants.
 
