@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from convert import hf_config, names
 from convert.hub import find_checkpoint
@@ -15,6 +14,7 @@ from convert.torch_reader import TorchReader
 from mixllm_jax.checkpoint import METADATA_FILE, CheckpointWriter, check_target
 from mixllm_jax.errors import CheckpointError, OptionError
 from mixllm_jax.models.config import ModelConfig
+from mixllm_jax.progress_bar import progress_bar
 
 COMPANION_FILES = (
     "config.json",
@@ -179,7 +179,7 @@ def _convert(source: _Source, out_dir: Path, dtype: str, overwrite: bool, progre
     metadata = {"kind": "float", "config": config.to_dict(), "source": source.metadata}
     with CheckpointWriter(out_dir, metadata, overwrite) as writer:
         source.write_companions(writer)
-        for part in tqdm(config.part_names(), desc="convert", unit="part", disable=not progress):
+        for part in progress_bar(config.part_names(), desc="convert", unit="part", disable=not progress):
             arrays = {
                 path: _read_parameter(source, [name for name, _ in tensors], dtype)
                 for path, tensors in names.part_sources(naming, config, part).items()

@@ -10,18 +10,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mixllm_jax.cli.quantize import quantize
     from mixllm_jax.errors import MixLLMError
     from mixllm_jax.generation.completion import Completion
     from mixllm_jax.loaded_model import LoadedModel
     from mixllm_jax.loading import load
 
-__all__ = ["Completion", "LoadedModel", "MixLLMError", "load"]
+__all__ = ["Completion", "LoadedModel", "MixLLMError", "load", "quantize"]
 
 _HOMES = {
     "Completion": "generation.completion",
     "LoadedModel": "loaded_model",
     "MixLLMError": "errors",
     "load": "loading",
+    "quantize": "cli.quantize",
 }
 
 

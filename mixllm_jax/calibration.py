@@ -35,6 +35,8 @@ def read_text(source: str | Path | None) -> str:
     path = Path(source)
     if str(source) in DATASETS and not path.exists():
         return _read_dataset(str(source))
+    if path.is_dir():
+        raise OptionError(f"--calibration {source} is a folder; give a text file in it")
     if not path.is_file():
         raise OptionError(
             f"--calibration {source}: no such file, and not one of the data sets {', '.join(DATASETS)}; "
@@ -43,7 +45,7 @@ def read_text(source: str | Path | None) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise OptionError(f"--calibration {source} is not UTF-8 text: {error}") from error
+        raise OptionError(f"--calibration {source} is not UTF-8 text (byte {error.start})") from error
     except OSError as error:
         raise StorageError(f"--calibration {source} cannot be read: {error.strerror}") from error
     if not text.strip():

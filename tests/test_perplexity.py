@@ -75,11 +75,12 @@ def test_a_model_is_not_far_from_itself(folder, tmp_path, capsys):
     [
         (["--text", "nowhere.txt"], "cannot be read"),
         (["--text", "{binary}"], "not UTF-8"),
-        (["--text", "{text}", "--samples", "100"], "100 x 1024 are needed"),
+        (["--text", "{text}", "--samples", "100"], "100 x 160 are needed"),
         (["--text", "{text}", "--sequence-length", "1"], "at least 2"),
         (["--text", "{text}", "--samples", "0"], "samples must be at least 1"),
         (["--text", "{text}", "--sequence-length", "200"], "context of .*160"),
         (["--text", "{text}", "--json", "/no/such/folder/x.json"], "does not exist"),
+        (["--text", "{text}", "--json", "/"], "is a folder"),
     ],
 )
 def test_bad_input(folder, tmp_path, capsys, options, message):
@@ -87,6 +88,21 @@ def test_bad_input(folder, tmp_path, capsys, options, message):
     names = {"{binary}": str(tmp_path / "binary"), "{text}": str(folder / "text.txt")}
     assert cli.main(["perplexity", str(folder / "first"), *(names.get(option, option) for option in options)]) == 1
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_file_that_cannot_be_written_is_found_before_the_work(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # permissions do not bind root, who may run the tests
+    command = ["perplexity", str(folder / "first"), "--text", str(folder / "text.txt")]
+    assert cli.main([*command, "--json", str(tmp_path / "out.json")]) == 1
+    assert "out.json cannot be written: no permission" in capsys.readouterr().err
+
+
+def test_without_a_text_and_a_length(folder, tmp_path, capsys):
+    """The text of the package, in sequences as long as the context of these models."""
+    out = tmp_path / "out.json"
+    assert cli.main(["perplexity", str(folder / "first"), "--samples", "2", "--json", str(out)]) == 0
+    settings = json.loads(out.read_text())["settings"]
+    assert (settings["text"], settings["samples"], settings["sequence_length"]) == ("embedded", 2, 160)
 
 
 def test_sequences_do_not_overlap():

@@ -114,6 +114,37 @@ def test_ctrl_c_says_how_to_go_on(
     assert (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sequence-length", "400"], "exceeds the model's context of 160"),
+        (["--bits", "4.4", "9"], "between 4 and 8, found 9"),
+        (["--out", "{tmp_path}"], "is a folder; give the name of a file in it"),
+        (["--out", "/no/such/folder/x.json"], "does not exist"),
+        (["--work", "{folder}/text.txt"], "is not a folder"),
+        (["--calibration", "{folder}"], "is a folder; give a text file in it"),
+    ],
+)
+def test_accuracy_refuses_what_cannot_work_before_it_quantises(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    options = [option.format(tmp_path=tmp_path, folder=folder) for option in options]
+    command = ["accuracy", str(folder / "float"), "--text", str(folder / "text.txt"), *SMALL]
+    assert main([*command, "--work", str(tmp_path / "work"), *options]) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_accuracy_of_a_quantised_folder_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["quantize", str(folder / "float"), "--out", str(tmp_path / "w4"), "--method", "rtn", "--bits", "4"]
+    assert main(command) == 0
+    assert main(["accuracy", str(tmp_path / "w4"), "--text", str(folder / "text.txt"), *SMALL]) == 1
+    assert "is quantised already; accuracy needs the float model" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["w4"]
+
+
 def test_accuracy_table(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +168,17 @@ def test_accuracy_table(
     assert rows["RTN W4A16"]["settings"]["activation_bits"] == 16
     assert table["settings"]["samples"] == 2
     assert table["command"].startswith("mixllm accuracy float --text text.txt --samples 2")
+
+    budgets = tmp_path / "budgets.json"
+    curve = ["accuracy", str(folder / "float"), *SMALL, "--work", str(tmp_path / "work"), "--out", str(budgets)]
+    assert main([*curve, "--text", str(folder / "text.txt"), "--bits", "8", "4.4", "4.4"]) == 0
+    found = json.loads(budgets.read_text())
+    assert [row["name"] for row in found["rows"]] == ["float", "MixLLM W4.4A8", "MixLLM W8A8"]
+    assert found["rows"][1] == rows["MixLLM W4.4A8"]  # measured again, not quantised again
+    assert found["rows"][2]["bits_per_weight"] == 8 + 16 / 32
+    assert found["rows"][2]["kl"] < found["rows"][1]["kl"]
+    assert found["command"].endswith("--seed 0 --bits 8 4.4 4.4")
+    assert "(1 of 2)" not in capsys.readouterr().err
 
     assert main([*command, "--seed", "1"]) == 1
     assert "another model, calibration text or settings" in capsys.readouterr().err

@@ -10,8 +10,8 @@ import pytest
 from tiny_chat_model import save_tiny_chat_model
 
 from convert.__main__ import main as convert
+from mixllm_jax import quantize
 from mixllm_jax.checkpoint import CheckpointReader
-from mixllm_jax.cli.quantize import quantize
 from mixllm_jax.errors import OptionError
 from mixllm_jax.quantization.pieces import Pieces
 from mixllm_jax.quantization.report import model_segments

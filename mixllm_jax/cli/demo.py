@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.resources
 import shlex
 import time
 from pathlib import Path
@@ -41,9 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"\n{out} is there from an earlier run; delete it to make it again", flush=True)
         else:
             _run_verb([*command, "--out", str(out)])
-    with importlib.resources.as_file(importlib.resources.files("mixllm_jax") / "data" / "evaluation.txt") as text:
-        sizes = ["--samples", "8", "--sequence-length", "512"]
-        _run_verb(["perplexity", str(original), str(rounded), str(mixed), "--text", str(text), *sizes])
+    sizes = ["--samples", "8", "--sequence-length", "512"]
+    _run_verb(["perplexity", str(original), str(rounded), str(mixed), *sizes])
     for model in (original, mixed):
         _run_verb(["generate", str(model), "--chat", "--max-tokens", "64", "--prompt", arguments.prompt])
     print(f"\ndone in {(time.monotonic() - start) / 60:.1f} minutes; go on with: mixllm chat {mixed}")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from mixllm_jax.errors import OptionError
 
 if TYPE_CHECKING:
     from mixllm_jax.generation.completion import GenerationOptions
@@ -61,6 +64,23 @@ def add_random_allocation(parser: argparse.ArgumentParser) -> None:
         help="8-bit channels of --random-weights: uniform, the same share of every linear (default); realistic, shares "
         "by projection and depth as the global allocation gave SmolLM2-135M",
     )
+
+
+def check_output_file(path: Path | None, option: str) -> None:
+    """Checks, before work that it would be a pity to lose, that a file can be written there; None is no file.
+
+    Raises:
+        OptionError: the path is a folder, or its folder does not exist or cannot be written.
+    """
+    if path is None:
+        return
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise OptionError(f"{option} {path} is a folder; give the name of a file in it.")
+    if not folder.is_dir():
+        raise OptionError(f"{option} {path}: the folder {folder} does not exist.")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise OptionError(f"{option} {path} cannot be written: no permission, or a read-only disk.")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, temperature: float, top_p: float) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib.resources
 import json
 import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixllm_jax.cli.options import add_execution_options, load_model
+from mixllm_jax.cli.options import add_execution_options, check_output_file, load_model
 from mixllm_jax.errors import OptionError
 
 if TYPE_CHECKING:
@@ -17,16 +18,23 @@ if TYPE_CHECKING:
     from mixllm_jax.loaded_model import LoadedModel
     from mixllm_jax.models.decoder import Decoder
 
+DEFAULT_SEQUENCE_LENGTH = 1024
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     parser.add_argument(
         "folders", type=Path, nargs="+", metavar="DIR", help="model folders; the first is the reference"
     )
-    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text to predict")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="UTF-8 text to predict (default: 39 kB of Wikipedia of the package)"
+    )
     parser.add_argument("--samples", type=int, metavar="N", help="sequences to read (default: the whole text)")
     parser.add_argument(
-        "--sequence-length", type=int, default=1024, metavar="TOKENS", help="tokens of a sequence (default: 1024)"
+        "--sequence-length",
+        type=int,
+        metavar="TOKENS",
+        help="tokens of a sequence (default: 1024, or the shortest context of the models)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows and the settings here as well")
     add_execution_options(parser)
@@ -37,19 +45,20 @@ def run(arguments: argparse.Namespace) -> None:
     names = [str(folder) for folder in arguments.folders]
     if len(set(names)) < len(names):
         raise OptionError(f"a model folder is given twice: {', '.join(names)}")
-    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
-        raise OptionError(f"--json {arguments.json}: the folder {arguments.json.absolute().parent} does not exist.")
-    text = read_text(arguments.text, "--text")
+    check_output_file(arguments.json, "--json")
+    text = embedded_text() if arguments.text is None else read_text(arguments.text, "--text")
 
     from mixllm_jax.checkpoint import CheckpointReader
     from mixllm_jax.evaluation.accuracy import environment
     from mixllm_jax.evaluation.perplexity import cut_sequences, evaluate, format_table
 
-    for folder in arguments.folders:
-        CheckpointReader(folder)  # a wrong folder is found before the first model is loaded
+    # All folders are looked at before the first model is loaded.
+    context = min(CheckpointReader(folder).config.max_position_embeddings for folder in arguments.folders)
+    length = min(DEFAULT_SEQUENCE_LENGTH, context) if arguments.sequence_length is None else arguments.sequence_length
     loaded = {name: load_model(folder, arguments) for name, folder in zip(names, arguments.folders, strict=True)}
     tokens = loaded[names[0]].encode(text)
-    sequences = cut_sequences(tokens, arguments.samples, arguments.sequence_length, str(arguments.text))
+    source = str(arguments.text or "the evaluation text of the package")
+    sequences = cut_sequences(tokens, arguments.samples, length, source)
     rows = []
     for result in evaluate({name: _measured(model, arguments.kv_bits) for name, model in loaded.items()}, sequences):
         model = loaded[result.name]
@@ -59,7 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(format_table(rows))
     if arguments.json is not None:
         settings: dict[str, Any] = {
-            "text": arguments.text.name,
+            "text": arguments.text.name if arguments.text else "embedded",
             "samples": sequences.shape[0],
             "sequence_length": sequences.shape[1],
             "dtype": arguments.dtype,
@@ -74,6 +83,12 @@ def _measured(loaded: LoadedModel, kv_bits: int) -> Decoder | ThroughInt8Cache:
     from mixllm_jax.evaluation.cached import ThroughInt8Cache
 
     return loaded.model if kv_bits == 16 else ThroughInt8Cache(loaded.model)
+
+
+def embedded_text() -> str:
+    """Articles of Wikipedia, none of which is in the calibration text of the package."""
+    file = importlib.resources.files("mixllm_jax") / "data" / "evaluation.txt"
+    return file.read_text(encoding="utf-8")
 
 
 def read_text(path: Path, option: str) -> str:

@@ -18,7 +18,7 @@ from mixllm_jax.evaluation.perplexity import evaluate
 from mixllm_jax.loading import load
 from mixllm_jax.quantization.driver import quantize_checkpoint
 from mixllm_jax.quantization.salience_file import SALIENCE_FILE, SalienceScores, model_fingerprint, tokens_fingerprint
-from mixllm_jax.quantization.scheme import QuantizationScheme
+from mixllm_jax.quantization.scheme import QuantizationScheme, share_of_bits
 
 FLOAT_ROW = "float"
 _TOOLS = ("mixllm-jax", "jax", "flax", "numpy")
@@ -56,6 +56,16 @@ ROWS = (
 """The rows below `float`, in the order of the table."""
 
 
+def rows_of_bits(bits: Sequence[float]) -> tuple[AccuracyRow, ...]:
+    """The method at several budgets, each once, in rising order: a curve of perplexity over bits.
+
+    Raises:
+        OptionError: bits outside 4 to 8.
+    """
+    shares = sorted({share_of_bits(value) for value in bits})
+    return tuple(AccuracyRow(f"MixLLM W{4 + 4 * share:g}A8", {"eight_bit_share": share}) for share in shares)
+
+
 def quantize_rows(
     reader: CheckpointReader,
     base: QuantizationScheme,
@@ -79,14 +89,15 @@ def quantize_rows(
     """
     scores: SalienceScores | None = None
     # Rows that compute the scores come first: rows quantised before them could not reuse any.
-    for row in sorted(rows, key=lambda row: not dataclasses.replace(base, **row.settings).needs_salience):
+    ordered = sorted(rows, key=lambda row: not dataclasses.replace(base, **row.settings).needs_salience)
+    for number, row in enumerate(ordered, 1):
         scheme = dataclasses.replace(base, **row.settings)
         out = work_dir / row.folder
         tokens = calibration if scheme.needs_calibration else None
         if out.exists():
             _check_row(out, reader, scheme, tokens)
         else:
-            announce(row.name)
+            announce(f"{row.name} ({number} of {len(rows)})")
             quantize_checkpoint(reader, out, scheme, tokens, salience=scores if scheme.needs_salience else None)
         if scores is None and (out / SALIENCE_FILE).exists():
             scores = SalienceScores.read(out)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from tqdm import tqdm
 
 from mixllm_jax.errors import OptionError
 from mixllm_jax.evaluation.cached import ThroughInt8Cache
 from mixllm_jax.generation.memory import OutOfDeviceMemoryError, is_out_of_memory
 from mixllm_jax.models.decoder import Decoder
+from mixllm_jax.progress_bar import progress_bar
 
 LanguageModel = Decoder | ThroughInt8Cache
 """What can be measured: it takes tokens `[1, length]`, and gives logits first."""
@@ -83,7 +82,7 @@ def evaluate(
     sums = {name: _Sums() for name in names}
     steps: Iterable[tuple[int, str]] = [(row, name) for row in range(len(sequences)) for name in names]
     reference: Array | None = None
-    for row, name in tqdm(steps, desc="perplexity", disable=not show_progress, file=sys.stderr, dynamic_ncols=True):
+    for row, name in progress_bar(steps, desc="perplexity", disable=not show_progress):
         tokens = jnp.asarray(sequences[row : row + 1])
         with _explained_shortage(len(models), sequences.shape[1]):
             if name == names[0]:

@@ -4,7 +4,7 @@ import sys
 from types import TracebackType
 from typing import Self
 
-from tqdm import tqdm
+from mixllm_jax.progress_bar import progress_bar
 
 
 class Progress:
@@ -16,11 +16,9 @@ class Progress:
     """
 
     def __init__(self, total: float, *, show: bool = True) -> None:
-        self._bar = tqdm(
+        self._bar = progress_bar(
             total=total,
             disable=not show,
-            file=sys.stderr,
-            dynamic_ncols=True,
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left",
         )
 
@@ -34,7 +32,7 @@ class Progress:
 
     def describe(self, text: str) -> None:
         """Names what is being done now."""
-        self._bar.set_description_str(text)
+        self._bar.set_description_str(text, refresh=sys.stderr.isatty())
 
     def advance(self, units: float) -> None:
         """Counts work just done."""
@@ -48,4 +46,5 @@ class Progress:
         self._bar.initial += units
         self._bar.n += units
         self._bar.last_print_n += units
-        self._bar.refresh()
+        if sys.stderr.isatty():
+            self._bar.refresh()
