@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import jax
 import pytest
@@ -230,6 +231,17 @@ def test_an_old_gpu_takes_a_float_model_but_no_eight_bit_head(folder, monkeypatc
     assert mixllm_jax.load(folder).model == "model"
     with pytest.raises(UnsupportedDeviceError, match=r"Tesla T4 has compute capability 7\.5"):
         mixllm_jax.load(folder, lm_head_bits=8)
+
+
+def test_a_folder_quantised_in_groups_that_no_kernel_takes_is_refused(folder, monkeypatch):
+    reader = loading.CheckpointReader(folder)
+    metadata = {**reader.metadata, "kind": "quantized", "quantization": {"group_size": 48, "activation_bits": 8}}
+    stub = types.SimpleNamespace(metadata=metadata, config=reader.config, kind="quantized", path=folder)
+    monkeypatch.setattr(loading, "CheckpointReader", lambda _: stub)
+    for name, value in (("default_platform", "gpu"), ("compute_capability", (9, 0))):
+        monkeypatch.setattr(registry, name, lambda value=value: value)
+    with pytest.raises(UnsupportedDeviceError, match="groups of 48, but the kernels take groups of 32, 64, 128"):
+        mixllm_jax.load(folder)
 
 
 def test_weights_that_do_not_fit_say_so(folder, monkeypatch):

@@ -111,8 +111,13 @@ def test_an_eight_bit_embedding_changes_nothing_but_the_embedding():
     model = random_decoder(untied, weights, dtype=jnp.float32)
     assert model.final.lm_head is not None
     assert model.final.lm_head.weight.get_value().shape == (96, untied.hidden_size)
+    assert isinstance(model.embedding.weight.get_value(), packing.PackedWeight)
     assert model.embed(jnp.zeros((1, 3), jnp.int32)).dtype == jnp.float32
     assert 0.3 < float(jnp.std(model(jnp.arange(12)[None])[0])) < 3
+    whole = random_decoder(untied, dataclasses.replace(weights, embedding_bits=16), dtype=jnp.float32)
+    assert not isinstance(whole.embedding.weight.get_value(), packing.PackedWeight)
+    for part in ("layers", "final"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(model, part), getattr(whole, part))
 
 
 def test_float_linears_can_have_an_eight_bit_head_and_embedding():
@@ -135,8 +140,10 @@ def test_logits_through_an_int8_cache_are_those_of_decoding_with_one():
     cache = KVCache.zeros(CONFIG, 1, 10, jnp.int8)
     for position in range(10):
         logits, cache = model(tokens[:, position : position + 1], cache)
+        # Equal but for sums in another order; a code that rounds the other way for it would still be within the limit.
         np.testing.assert_allclose(logits[0, 0], whole[0, position], atol=2e-3)
-    assert float(jnp.max(jnp.abs(whole - model(tokens)[0]))) > 1e-5
+        assert float(jnp.mean(jnp.abs(logits[0, 0] - whole[0, position]))) < 1e-4
+    assert float(jnp.max(jnp.abs(whole - model(tokens)[0]))) > 1e-2  # what rounding does is far beyond it
 
 
 def test_the_memory_estimate_is_exact_for_weights_and_cache():
