@@ -265,3 +265,28 @@ def test_loading_keeps_compiled_programs_unless_told_where(folder, tmp_path, mon
         assert jax.config.jax_compilation_cache_dir == "/elsewhere"
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_chat_survives_a_turn_without_memory_and_one_that_is_stopped(folder, capsys, monkeypatch):
+    lines = iter(["Hi", "Hello?", "And?", "/exit"])
+    monkeypatch.setattr("rich.console.Console.input", lambda *_, **__: next(lines))
+    asked = []
+    stream = mixllm_jax.LoadedModel.stream
+
+    def failing(self, messages, **options):
+        asked.append([message["content"] for message in messages])
+        for index, piece in enumerate(stream(self, messages, **options)):
+            if len(asked) == 1:
+                raise OutOfDeviceMemoryError("the device ran out of memory")
+            if len(asked) == 2 and index == 1:
+                raise KeyboardInterrupt
+            yield piece
+
+    monkeypatch.setattr(mixllm_jax.LoadedModel, "stream", failing)
+    assert cli.main(["chat", str(folder), "--temperature", "0", "--max-tokens", "5"]) == 0
+    out = capsys.readouterr().out
+    assert "error: the device ran out of memory" in out
+    assert "(stopped)" in out
+    assert asked[1] == ["Hello?"]  # the failed turn is forgotten
+    assert asked[2][::2] == ["Hello?", "And?"]
+    assert asked[2][1]  # what was read of the stopped answer is kept

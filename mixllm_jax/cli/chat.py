@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mixllm_jax.cli.options import add_execution_options, add_sampling_options, load_model, sampling_options
-from mixllm_jax.errors import OptionError
+from mixllm_jax.errors import MixLLMError, OptionError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,16 +86,14 @@ class Conversation:
         answer = ""
         try:
             pieces = self._model.stream(messages, prompt_cache=self._prompt_cache, **self._options)
-        except OptionError as error:
+            with contextlib.closing(pieces):  # now, so that the prompt cache has what was read so far
+                for piece in pieces:
+                    answer += piece
+                    self._console.print(piece, end="", markup=False, soft_wrap=True)
+        except MixLLMError as error:  # no room in the context, or in the device's memory
             self._console.print(f"error: {error} (/reset begins anew)", style="red", markup=False)
             return
-        try:
-            for piece in pieces:
-                answer += piece
-                self._console.print(piece, end="", markup=False, soft_wrap=True)
         except KeyboardInterrupt:
             self._console.print(" (stopped)", end="", style="dim")
-        finally:
-            pieces.close()  # now, so that the prompt cache has what was read so far
         self._console.print("\n")
         self._messages = [*messages, {"role": "assistant", "content": answer}]
