@@ -159,9 +159,10 @@ class LoadedModel:
         began = time.monotonic()
         stop, sampling = checked_options(options)
         tokens = [self._encode_prompt(prompt, options) for prompt in prompts]
+        room = self.config.max_position_embeddings - max(map(len, tokens), default=0)
         chunks = self.engine.stream(
             tokens,
-            max_tokens=options.get("max_tokens", DEFAULT_MAX_TOKENS),
+            max_tokens=options.get("max_tokens", max(1, min(DEFAULT_MAX_TOKENS, room))),
             sampling=sampling,
             stop_tokens=self.stop_tokens,
             prompt_cache=prompt_cache,

@@ -1,10 +1,13 @@
 """Text in, text out: stop strings, echo, why a text ended, options that there are not; the rest of loading a folder."""
 
 import json
+import re
 import shutil
 import types
+from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from tiny_chat_model import byte_tokenizer, save_tiny_chat_model
 
@@ -139,6 +142,22 @@ def test_echo_begins_with_the_prompt(loaded):
     assert result.text == "".join(pieces) == "Zürich ist" + text.split("ist")[0]
 
 
+def test_the_code_of_the_page_runs(loaded, monkeypatch, capsys):
+    page = (Path(__file__).parents[1] / "docs" / "python_api.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 3
+    monkeypatch.setattr(mixllm_jax, "load", lambda path: loaded, raising=False)
+    page_names: dict = {}
+    for block in blocks:
+        exec(compile(block, "python_api.md", "exec"), page_names)
+    assert "length" in capsys.readouterr().out
+    found = page_names["log_probabilities"]
+    logits = np.asarray(loaded.model(page_names["tokens"])[0][0, :-1], np.float64)
+    expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    np.testing.assert_allclose(found, expected[np.arange(len(found)), page_names["tokens"][0, 1:]], atol=1e-4)
+    assert page_names["cache"].lengths.tolist() == [page_names["tokens"].shape[1] + 1]
+
+
 def test_conversations_are_answered_in_a_batch(loaded):
     conversation = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi?"}]
     first, second = loaded.complete([conversation, conversation[1:]], max_tokens=8)
@@ -163,6 +182,13 @@ def test_options_that_cannot_work(loaded, options, error, message):
         loaded.generate("x", **options)
     with pytest.raises(error, match=message):
         loaded.stream("x", **options)  # not read: refused by the call
+
+
+def test_without_a_number_of_tokens_the_context_is_used_up(loaded):
+    (completion,) = loaded.complete(["x" * 150])
+    assert (len(completion.tokens), completion.finish_reason) == (10, "length")
+    with pytest.raises(OptionError, match="at most 10 new tokens"):
+        loaded.generate("x" * 150, max_tokens=11)
 
 
 def test_prompts_that_cannot_work(loaded):

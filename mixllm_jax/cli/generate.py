@@ -109,6 +109,7 @@ def _generate_tokens(arguments: argparse.Namespace, prompts: list[str], options:
     """Generates with random weights: there is no tokenizer, and nothing that would end the text."""
     from mixllm_jax.device import require_kernels
     from mixllm_jax.generation import Engine, SamplingSettings
+    from mixllm_jax.generation.completion import DEFAULT_MAX_TOKENS
     from mixllm_jax.loading import compute_dtype
     from mixllm_jax.models.presets import preset
     from mixllm_jax.models.random_weights import WeightFormat, fitting_group_size, random_decoder
@@ -129,7 +130,7 @@ def _generate_tokens(arguments: argparse.Namespace, prompts: list[str], options:
         require_kernels(fitting_group_size(config), arguments.implementation)
     dtype = compute_dtype(arguments.dtype)
     model = random_decoder(config, weights, dtype=dtype, implementation=arguments.implementation)
-    max_tokens = options.pop("max_tokens")
+    max_tokens = options.pop("max_tokens", DEFAULT_MAX_TOKENS)
     stream = Engine(model, kv_bits=arguments.kv_bits).stream(
         [[byte % config.vocab_size for byte in prompt.encode()] for prompt in prompts],
         max_tokens=max_tokens,

@@ -86,7 +86,9 @@ def check_output_file(path: Path | None, option: str) -> None:
 def add_sampling_options(parser: argparse.ArgumentParser, *, temperature: float, top_p: float) -> None:
     """How to choose tokens."""
     group = parser.add_argument_group("sampling")
-    group.add_argument("--max-tokens", type=int, default=256, metavar="N", help="most new tokens (default: 256)")
+    group.add_argument(
+        "--max-tokens", type=int, metavar="N", help="most new tokens (default: 256, or what the context has room for)"
+    )
     group.add_argument(
         "--temperature", type=float, default=temperature, metavar="T", help=f"0 is greedy (default: {temperature:g})"
     )
@@ -107,7 +109,7 @@ def sampling_options(arguments: argparse.Namespace) -> GenerationOptions:
 
     options: Any = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "seed")}
     SamplingSettings(**options)  # complains before a model is loaded
-    return {**options, "max_tokens": arguments.max_tokens}
+    return options if arguments.max_tokens is None else {**options, "max_tokens": arguments.max_tokens}
 
 
 def load_model(folder: Path, arguments: argparse.Namespace) -> LoadedModel:

@@ -20,7 +20,7 @@ class GenerationOptions(TypedDict, total=False):
     """Options of `LoadedModel.generate`, `complete` and `stream`; all may be left out.
 
     Attributes:
-        max_tokens: most tokens to generate for each prompt; 256 by default.
+        max_tokens: most tokens to generate for each prompt; by default 256, or what the context has room for.
         temperature: 0 (the default) is greedy.
         top_k: only the k most likely tokens; 0 (the default) for all.
         top_p: only the most likely tokens that sum to this probability; 1 (the default) for all.
