@@ -10,9 +10,11 @@ import pytest
 
 from mixllm_jax.benchmark import worker
 from mixllm_jax.benchmark.cases import Plan
+from mixllm_jax.benchmark.measurements import Bench, build_model
 from mixllm_jax.device import UnsupportedDeviceError
 from mixllm_jax.generation.decode_loop import DECODE_CHUNK
 from mixllm_jax.models.presets import PRESETS
+from mixllm_jax.models.random_weights import WeightFormat, random_decoder
 from pallas_kernels import registry
 
 TINY = dataclasses.replace(
@@ -59,14 +61,14 @@ def test_every_case_of_the_plan_has_a_row(measure):
 
 
 def test_a_case_that_fails_costs_the_others_nothing_and_ends_with_an_error(measure, monkeypatch):
-    estimate = worker.Bench.decode_case
+    estimate = Bench.decode_case
 
     def decode_case(self, batch, context, bandwidth):
         if batch == 3:
             raise RuntimeError("RESOURCE_EXHAUSTED")
         return estimate(self, batch, context, bandwidth)
 
-    monkeypatch.setattr(worker.Bench, "decode_case", decode_case)
+    monkeypatch.setattr(Bench, "decode_case", decode_case)
     code, lines = measure(PLAN)
     assert code == 1
     assert {row["batch"] for kind, row in lines if kind == "row"} == {1}
@@ -75,9 +77,7 @@ def test_a_case_that_fails_costs_the_others_nothing_and_ends_with_an_error(measu
 
 @pytest.mark.parametrize("context", [64, 96, 256])
 def test_the_timed_steps_are_the_last_before_the_cache_is_full(context):
-    bench = worker.Bench(
-        jax.eval_shape(lambda: worker.build_model(dataclasses.replace(PLAN, model="smollm2-135m"))), PLAN, {}
-    )
+    bench = Bench(jax.eval_shape(lambda: build_model(dataclasses.replace(PLAN, model="smollm2-135m"))), PLAN, {})
     steps = bench.decode_chunks(context) * DECODE_CHUNK
     assert steps == min(PLAN.decode_steps, context // 2)
     assert bench.decode_start(context) + DECODE_CHUNK + steps == context
@@ -87,7 +87,7 @@ def test_the_filled_cache_is_full_of_numbers():
     """Zeros would cost the device less power, and so less time."""
     for kv_bits in (16, 8):
         plan = dataclasses.replace(PLAN, kv_bits=kv_bits)
-        bench = worker.Bench(jax.eval_shape(lambda: worker.random_decoder(TINY, worker.WeightFormat(None))), plan, {})
+        bench = Bench(jax.eval_shape(lambda: random_decoder(TINY, WeightFormat(None))), plan, {})
         state = bench.filled_state(2, 64, 30)
         assert state.cache.lengths.tolist() == [30, 30]
         for array in jax.tree.leaves(state.cache.layers):
@@ -102,5 +102,5 @@ def test_an_old_gpu_is_not_measured_with_the_slow_reference(monkeypatch):
     for name, value in (("default_platform", "gpu"), ("device_kind", "Tesla T4"), ("compute_capability", (7, 5))):
         monkeypatch.setattr(registry, name, lambda value=value: value)
     with pytest.raises(UnsupportedDeviceError, match="Tesla T4"):
-        worker.build_model(PLAN)
-    assert jax.eval_shape(lambda: worker.build_model(dataclasses.replace(PLAN, scheme="bf16"))) is not None
+        build_model(PLAN)
+    assert jax.eval_shape(lambda: build_model(dataclasses.replace(PLAN, scheme="bf16"))) is not None

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from mixllm_jax.benchmark.cases import Plan, Results
-from mixllm_jax.benchmark.worker import Bench
+from mixllm_jax.benchmark.measurements import Bench
 from mixllm_jax.cli import main as cli
 from mixllm_jax.generation.decode_loop import DECODE_CHUNK
 from mixllm_jax.generation.memory import weight_bytes

@@ -8,7 +8,7 @@ import types
 import pytest
 
 from mixllm_jax.benchmark.cases import Plan
-from mixllm_jax.benchmark.worker import Bench
+from mixllm_jax.benchmark.measurements import Bench
 from mixllm_jax.cli.main import main
 from mixllm_jax.generation.decode_loop import DECODE_CHUNK
 from mixllm_jax.models.config import LINEAR_NAMES
