@@ -9,6 +9,7 @@ each is taken whatever the device would choose for shapes as small as these.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -44,9 +45,16 @@ SIZES = (
     (17, 131, 320, 64, 0.3),
     (70, 272, 640, 128, 0.1),
     (5, 19, 96, 32, 1.0),
+    (9, 48, 256, 128, 1.0),
+    (12, 112, 256, 128, 0.0),
+    (577, 1072, 384, 128, 0.1),
     (131, 80, 4224, 128, 0.5),
 )
-"""Tokens, out_features, in_features, group size, share of 8-bit channels."""
+"""Tokens, out_features, in_features, group size, share of 8-bit channels.
+
+The next to last has more tiles than there are multiprocessors: halved ones in the last wave, and for the kernel that
+splits the input channels sums of two tiles at a time. The last has more than one block of zero points.
+"""
 
 TRITON_CONFIGS: tuple[Config | None, ...] = (
     None,
@@ -65,11 +73,12 @@ MOSAIC_CONFIGS: tuple[MosaicConfig | None, ...] = (
     MosaicGpuSplitConfig(16, 1, 1, 8, 4),
     MosaicGpuSplitConfig(16, 4, 1, 8, 2),
     MosaicGpuSplitConfig(48, 2, 2, 4, 1),
+    MosaicGpuSplitConfig(16, 2, 2, 8, 2),
 )
 """Settings of the Hopper matmuls: signed operands, unsigned ones, and split input channels."""
 
-QUANTIZE_CONFIG = MosaicGpuQuantizeConfig(8, 2, 1, 8, 2)
-"""Settings of the Hopper matmul that quantises its activations, of at most 8 tokens."""
+QUANTIZE_CONFIGS = (MosaicGpuQuantizeConfig(8, 2, 1, 8, 2), MosaicGpuQuantizeConfig(16, 4, 2, 8, 1))
+"""Settings of the Hopper matmul that quantises its activations, of at most 8 and 16 tokens."""
 
 ATTENTION_SIZES = (
     (1, 3, 2, 64, 77, 32, "bfloat16"),
@@ -84,18 +93,22 @@ Job = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
 def quantizing_jobs() -> Iterator[Job]:
-    """The kernels that quantise activations, alone and fused with norm and SwiGLU."""
+    """The kernels that quantise activations, alone and fused with norm and SwiGLU, in one int8 term and in two."""
     for tokens, _, k, group_size, _ in SIZES:
         x, gate_up = bfloat16_array((tokens, k), tokens), bfloat16_array((tokens, 2 * k), k)
         layouts: list[Layout] = ["signed", "unsigned"] if group_size == unsigned_operands.GROUP_SIZE else ["signed"]
         for layout in layouts:
-            norm = functools.partial(
-                rms_norm_triton.rms_norm_quantize, epsilon=1e-5, group_size=group_size, layout=layout
-            )
-            yield functools.partial(quantize_triton.quantize_activations, group_size=group_size, layout=layout), (x,)
-            yield functools.partial(swiglu_triton.swiglu_quantize, group_size=group_size, layout=layout), (gate_up,)
+            settings: dict[str, Any] = {"group_size": group_size, "layout": layout}
+            norm = functools.partial(rms_norm_triton.rms_norm_quantize, epsilon=1e-5, **settings)
             yield norm, (x, x[0], None)
             yield norm, (x, x[0], x)
+            for groups in (1, quantize_triton.MANY_GROUPS):  # whose settings are others
+                config = quantize_triton.choose_config(groups, group_size, quantize_triton.MANY)
+                for terms in (1, 2):
+                    quantize = functools.partial(quantize_triton.quantize_activations, terms=terms, config=config)
+                    yield functools.partial(quantize, **settings), (x,)
+                config = quantize_triton.choose_config(groups, group_size, swiglu_triton.MANY)
+                yield functools.partial(swiglu_triton.swiglu_quantize, config=config, **settings), (gate_up,)
 
 
 def triton_matmul_jobs() -> Iterator[Job]:
@@ -109,17 +122,28 @@ def triton_matmul_jobs() -> Iterator[Job]:
 
 
 def hopper_matmul_jobs() -> Iterator[Job]:
-    """The matmuls of Hopper GPUs, with a bias and without."""
-    for x, weight, bias in _linears():
+    """The matmuls of Hopper GPUs, of quantised and of float activations.
+
+    With a bias to float32 and without one to bfloat16, in turn: each call is some seconds of compilation.
+    """
+    for number, (x, weight, bias) in enumerate(_linears()):
+        outputs = itertools.cycle([(jnp.float32, bias), (jnp.bfloat16, None)])
+        if number % 2:
+            next(outputs)
         for config in MOSAIC_CONFIGS:
+            out_dtype, added = next(outputs)
             layout = pallas_mosaic_gpu.activation_layout(x.shape[0], weight, config)
             activations = quantize_activations(x, weight.group_size, layout=layout)
-            kernel = functools.partial(pallas_mosaic_gpu.mixed_matmul, config=config)
-            yield functools.partial(kernel, out_dtype=jnp.float32), (activations, weight, bias)
-            yield functools.partial(kernel, out_dtype=jnp.bfloat16), (activations, weight, None)
-        if x.shape[0] <= QUANTIZE_CONFIG.tile_tokens:
-            kernel = functools.partial(pallas_mosaic_gpu.quantized_linear, config=QUANTIZE_CONFIG)
-            yield functools.partial(kernel, out_dtype=jnp.float32), (x, weight, bias)
+            kernel = functools.partial(pallas_mosaic_gpu.mixed_matmul, config=config, out_dtype=out_dtype)
+            yield kernel, (activations, weight, added)
+        for quantizing_config in QUANTIZE_CONFIGS:
+            if x.shape[0] <= quantizing_config.tile_tokens:
+                out_dtype, added = next(outputs)
+                x = x.astype(out_dtype)
+                kernel = functools.partial(
+                    pallas_mosaic_gpu.quantized_linear, config=quantizing_config, out_dtype=out_dtype
+                )
+                yield kernel, (x, weight, added)
 
 
 def _linears() -> Iterator[tuple[jax.Array, PackedWeight, jax.Array]]:

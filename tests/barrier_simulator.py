@@ -68,7 +68,7 @@ def simulate(warps: dict[str, list[Event]], arrivals: dict[Place, int], seed: in
     Args:
         warps: Events by name.
         arrivals: How many end a phase, of each barrier.
-        seed: Of the order in which warps go on and copies end.
+        seed: Of the order in which warps go on and copies end, and of how fast each is.
 
     Returns:
         How many phases of each barrier ended. No phase is left open.
@@ -81,6 +81,7 @@ def simulate(warps: dict[str, list[Event]], arrivals: dict[Place, int], seed: in
     missing, phases = dict(arrivals), dict.fromkeys(arrivals, 0)
     memory: dict[Place, Any] = {}
     next_event = dict.fromkeys(warps, 0)
+    speeds = {name: 10 ** rng.uniform(-2, 1) for name in warps}  # so that some lag far behind
     copies: list[Event] = []
 
     def arrive(barrier: Place, number: int) -> None:
@@ -99,13 +100,13 @@ def simulate(warps: dict[str, list[Event]], arrivals: dict[Place, int], seed: in
         ready = [name for name, event in unfinished.items() if not is_blocked(event)]
         if not ready and not copies:
             break
-        choice = rng.randrange(len(ready) + len(copies))
-        if choice >= len(ready):
-            ended = copies.pop(choice - len(ready))
+        choice = rng.choices([*ready, None], [*(speeds[name] for name in ready), len(copies)])[0]
+        if choice is None:
+            ended = copies.pop(rng.randrange(len(copies)))
             memory.update(dict.fromkeys(ended.places, ended.content))
             arrive(ended.barrier, 1)
             continue
-        name = ready[choice]
+        name = choice
         event = unfinished[name]
         next_event[name] += 1
         place = event.places[0]
