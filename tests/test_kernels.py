@@ -23,7 +23,7 @@ from pallas_kernels import (
     swiglu_quantize,
 )
 from pallas_kernels.mixed_matmul import api as matmul_api
-from pallas_kernels.mixed_matmul import pallas_triton
+from pallas_kernels.mixed_matmul import pallas_triton, xla
 from pallas_kernels.mixed_matmul.triton_few_tokens import FewTokensConfig
 from pallas_kernels.mixed_matmul.triton_many_tokens import ManyTokensConfig
 
@@ -139,6 +139,31 @@ def test_integer_part_is_exact(implementation: str):
     activations, weight, _ = on_device(case)
     out = mixed_matmul(activations, weight, out_dtype="float32", implementation=implementation)
     np.testing.assert_array_equal(out, case.expected)
+
+
+@pytest.mark.skipif(registry.default_platform() != "cpu", reason="a GPU takes the float32 dots of the reference alone")
+@pytest.mark.parametrize(
+    "sizes", [(1, 37, 256, 64, 0.2), (1, 20, 96, 32, 0.0), (2, 33, 384, 128, 1.0), (4, 300, 192, 64, 1.0)], ids=str
+)
+def test_the_integer_products_of_a_cpu_are_the_float_ones_to_the_bit(
+    sizes: tuple[int, int, int, int, float], monkeypatch: pytest.MonkeyPatch
+):
+    """So a token's result does not depend on how many others there are."""
+    case = make_case(*sizes, bias=True)
+    asked = []
+
+    def run(few_tokens: int) -> np.ndarray:
+        monkeypatch.setattr(xla, "FEW_TOKENS", few_tokens)
+        monkeypatch.setattr(xla, "STRIP", 16 if few_tokens else 10**6)
+        matmul = jax.jit(lambda *arguments: xla.mixed_matmul(*arguments, out_dtype="float32"))
+        return np.asarray(matmul(*on_device(case)))
+
+    integer_products = xla._integer_products
+    monkeypatch.setattr(xla, "_integer_products", lambda *args: asked.append(None) or integer_products(*args))
+    floats = run(0)
+    assert not asked
+    np.testing.assert_array_equal(run(4), floats)
+    assert asked
 
 
 @pytest.mark.parametrize("implementation", MATMULS)

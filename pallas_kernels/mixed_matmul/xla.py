@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.activations import QuantizedActivations
 from pallas_kernels.packing import PackedWeight, unpack_nibbles
@@ -11,18 +14,59 @@ from pallas_kernels.packing import PackedWeight, unpack_nibbles
 MAX_GROUP_SIZE = 512
 """Largest group whose int8 x int8 dot stays below 2**24, so that a float32 dot of integers is exact."""
 
+FEW_TOKENS = 4
+"""Up to here a CPU multiplies the integers of an 8-bit weight: reading the weight takes the time, and float32 makes it
+four times as large."""
+
+STRIP = 16
+"""Products that are added lane by lane before a sum: the int32 lanes of the widest registers."""
+
 
 def mixed_matmul(
     activations: QuantizedActivations, weight: PackedWeight, bias: jax.Array | None, *, out_dtype: jax.typing.DTypeLike
 ) -> jax.Array:
     """Sum over groups of (int32 dot of the group) * activation scale * weight scale, in float32.
 
-    The dot of one group runs in float32: its partial sums are integers below 2**24, so every one is exact in whatever
-    order they are added. The scan keeps one unpacked group of the weight in memory at a time.
+    The groups are added one after another, so that the result of a token does not depend on the others.
+
+    Args:
+        activations: Of `[tokens, in_features]`, in either layout.
+        weight: `[out_features, in_features]`.
+        bias: Float `[out_features]`, or None.
+        out_dtype: Of the result.
+
+    Returns:
+        `[tokens, out_features]`.
     """
     tokens, group_size = activations.tokens, weight.group_size
     codes = activations.in_layout("signed").codes
     group_codes = codes.reshape(tokens, weight.num_groups, group_size).transpose(1, 0, 2)
+    arguments = group_codes, activations.scales, weight
+    # The codes of several tokens would be quantised anew for each strip of 4-bit codes.
+    if tokens <= (1 if weight.n4 else FEW_TOKENS) and group_size // 2 % STRIP == 0:
+        total = jax.lax.platform_dependent(*arguments, cpu=_integer_products, default=_float_products)
+    else:
+        total = _float_products(*arguments)
+    # Packed rows back to their output channels: a gather with the inverse permutation.
+    channels = jnp.arange(weight.out_features, dtype=jnp.int32)
+    packed_row = jnp.zeros_like(channels).at[weight.channel_order].set(channels, unique_indices=True)
+    out = jnp.take(total, packed_row, axis=1)
+    if bias is not None:
+        out = out + bias.astype(jnp.float32)
+    return out.astype(out_dtype)
+
+
+def _float_products(codes: jax.Array, scales: jax.Array, weight: PackedWeight) -> jax.Array:
+    """The product with the channels in packed order, float32 `[tokens, out_features]`, by float32 dots.
+
+    The partial sums of the dot of a group are integers below 2**24, so every one is exact in whatever order they are
+    added. The scan keeps one unpacked group of the weight in memory at a time.
+
+    Args:
+        codes: int8 `[groups, tokens, group_size]`.
+        scales: float32 `[groups, tokens]`.
+        weight: The weight.
+    """
 
     def add_group(total: jax.Array, group: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         codes, scales, codes4, scales4, zero_points4, codes8, scales8 = group
@@ -40,24 +84,61 @@ def mixed_matmul(
 
     total, _ = jax.lax.scan(
         add_group,
-        jnp.zeros((tokens, weight.out_features), jnp.float32),
-        (
-            group_codes,
-            activations.scales,
-            weight.codes4,
-            weight.scales4,
-            weight.zero_points4,
-            weight.codes8,
-            weight.scales8,
-        ),
+        jnp.zeros((codes.shape[1], weight.out_features), jnp.float32),
+        (codes, scales, weight.codes4, weight.scales4, weight.zero_points4, weight.codes8, weight.scales8),
     )
-    # Packed rows back to their output channels: a gather with the inverse permutation.
-    channels = jnp.arange(weight.out_features, dtype=jnp.int32)
-    packed_row = jnp.zeros_like(channels).at[weight.channel_order].set(channels, unique_indices=True)
-    out = jnp.take(total, packed_row, axis=1)
-    if bias is not None:
-        out = out + bias.astype(jnp.float32)
-    return out.astype(out_dtype)
+    return total
+
+
+def _integer_products(codes: jax.Array, scales: jax.Array, weight: PackedWeight) -> jax.Array:
+    """`_float_products` to the bit, by integer dots of all groups at once; the channels of either width apart."""
+    total4 = _sum_of_groups(_dots4(codes, weight.codes4, weight.zero_points4), scales, weight.scales4)
+    total8 = _sum_of_groups(_dots8(codes, weight.codes8), scales, weight.scales8)
+    return jnp.concatenate([total4, total8], axis=1)
+
+
+def _sum_of_groups(dots: jax.Array, scales: jax.Array, weight_scales: jax.Array) -> jax.Array:
+    """Sum over groups of int32 `[groups, tokens, channels]` times both scales, one after another, as in a scan."""
+    total = jnp.zeros(dots.shape[1:], jnp.float32)
+    for dot, scale, weight_scale in zip(
+        dots.astype(jnp.float32), scales, weight_scales.astype(jnp.float32), strict=True
+    ):
+        # In this order of the terms the compiler fuses this product, and not the one before, with the addition.
+        total = dot * (scale[:, None] * weight_scale[None, :]) + total
+    return total
+
+
+def _dots4(codes: jax.Array, pairs: jax.Array, zero_points: jax.Array) -> jax.Array:
+    """Dots with 4-bit codes less their zero points, int32 `[groups, tokens, channels]`.
+
+    Codes are multiplied as they are unpacked, in one loop that stores nothing but the dots. The zero points are taken
+    off by linearity: each times the sum of the token's codes.
+
+    Args:
+        codes: int8 `[groups, tokens, group_size]`.
+        pairs: uint8 `[groups, channels, group_size // 2]`.
+        zero_points: uint8 `[groups, channels]`.
+    """
+    half = pairs.shape[-1]
+    left = codes.astype(jnp.int32)
+    halves = pairs & np.uint8(15), pairs >> np.uint8(4)
+    products = [
+        left[:, :, None, first + start : first + start + STRIP]
+        * right[:, None, :, start : start + STRIP].astype(jnp.int32)
+        for first, right in zip((0, half), halves, strict=True)
+        for start in range(0, half, STRIP)
+    ]
+    dots = jnp.sum(functools.reduce(jnp.add, products), axis=-1)
+    return dots - jnp.sum(left, axis=-1)[:, :, None] * zero_points.astype(jnp.int32)[:, None, :]
+
+
+def _dots8(codes: jax.Array, weight_codes: jax.Array) -> jax.Array:
+    """Dots of int8 codes `[groups, tokens or channels, group_size]`, int32 `[groups, tokens, channels]`."""
+    # A row of zeros more. XLA's CPU compiler has fast int8 dots for two rows and more, and where it does not make the
+    # transposition before it a part of the dot, which the row prevents.
+    codes = jnp.pad(codes, ((0, 0), (0, 1), (0, 0)))
+    dots = jax.lax.dot_general(codes, weight_codes, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.int32)
+    return dots[:, :-1]
 
 
 def refuses(
