@@ -87,9 +87,9 @@ def test_int8_cache_gives_the_same_text_whatever_the_chunks(model, monkeypatch):
 
 def test_each_row_stops_at_its_own_stop_token(model, forward):
     expected = [greedy_loop(forward, prompt, 30) for prompt in PROMPTS]
-    stops = (expected[0][3], expected[2][10])
+    stops = (expected[0][10], expected[2][9])
     results = Engine(model).generate(PROMPTS, max_tokens=30, stop_tokens=stops)
-    assert {r.finish_reason for r in results} == {"stop", "length"}  # both kinds are in the batch
+    assert {r.finish_reason for r in results} == {"stop", "length"}  # one row goes on to the end
     for prompt, result in zip(PROMPTS, results, strict=True):
         tokens = greedy_loop(forward, prompt, 30, stops)
         stopped = tokens[-1] in stops
