@@ -8,10 +8,10 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
-from pallas_kernels.mixed_matmul import unsigned_operands
+from pallas_kernels import unsigned_operands
 
 Layout = Literal["signed", "unsigned"]
-"""How codes lie in memory: int8, or the bytes of `mixed_matmul.unsigned_operands`, which a kernel for Hopper wants."""
+"""How codes lie in memory: int8, or the bytes of `unsigned_operands`, which a kernel for Hopper wants."""
 
 SMALLEST_SCALE = 2.0**-126
 """The least normal float32. A smaller scale counts as 0, since its inverse overflows and GPUs flush it anyway."""
@@ -24,7 +24,7 @@ class QuantizedActivations:
 
     Attributes:
         codes: int8 `[tokens, in_features]`, -127..127; in the unsigned layout the same codes as the uint8
-            `[tokens, in_features + 128 * ceil(num_groups / 32)]` of `mixed_matmul.unsigned_operands`.
+            `[tokens, in_features + 128 * ceil(num_groups / 32)]` of `unsigned_operands`.
         scales: float32 `[num_groups, tokens]`, absmax / 127 of the token's group; 0 (as are the
             codes) for an all-zero group. Group-major,
             as the weights' scales are, since kernels walk along the groups.

@@ -22,13 +22,13 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from pallas_kernels import registry
+from pallas_kernels import registry, unsigned_operands
 from pallas_kernels.activations import Layout
 from pallas_kernels.benchmark import compile_all
 from pallas_kernels.benchmark_data import bfloat16_array, packed_weight
 from pallas_kernels.decode_attention import pallas_triton as attention_triton
 from pallas_kernels.kv_cache import LayerCache
-from pallas_kernels.mixed_matmul import pallas_mosaic_gpu, pallas_triton, unsigned_operands
+from pallas_kernels.mixed_matmul import pallas_mosaic_gpu, pallas_triton
 from pallas_kernels.mixed_matmul.configs import Config, MosaicConfig
 from pallas_kernels.mixed_matmul.mosaic_gpu.config import MosaicGpuConfig
 from pallas_kernels.mixed_matmul.mosaic_gpu.split.config import MosaicGpuQuantizeConfig, MosaicGpuSplitConfig

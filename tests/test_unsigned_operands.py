@@ -7,7 +7,7 @@ import pytest
 from kernel_cases import Case, assemble, make_case, relative_error
 
 from pallas_kernels import QuantizedActivations, mixed_matmul, packing, prepare_weight, registry
-from pallas_kernels.mixed_matmul.unsigned_operands import GROUP_SIZE, corrections_of
+from pallas_kernels.unsigned_operands import GROUP_SIZE, corrections_of
 
 
 def extreme_case(code4: int, code8: int, activation: int, tokens: int = 3, groups: int = 2) -> Case:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels import packing
-from pallas_kernels.mixed_matmul import unsigned_operands
+from pallas_kernels import packing, unsigned_operands
 from pallas_kernels.packing import PackedWeight
 
 SMALLEST = 64

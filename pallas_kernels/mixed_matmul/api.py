@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import activations as activations_module
-from pallas_kernels import packing, registry
+from pallas_kernels import packing, registry, unsigned_operands
 from pallas_kernels.activations import Layout, QuantizedActivations, validate_input
-from pallas_kernels.mixed_matmul import configs, pallas_mosaic_gpu, pallas_triton, unsigned_operands, xla
+from pallas_kernels.mixed_matmul import configs, pallas_mosaic_gpu, pallas_triton, xla
 from pallas_kernels.mixed_matmul.mosaic_gpu.split.config import MosaicGpuQuantizeConfig
 from pallas_kernels.mixed_matmul.triton_tiles import problem_of
 from pallas_kernels.packing import PackedWeight

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import registry
+from pallas_kernels import registry, unsigned_operands
 from pallas_kernels.activations import Layout, QuantizedActivations
-from pallas_kernels.mixed_matmul import configs, unsigned_operands
+from pallas_kernels.mixed_matmul import configs
 from pallas_kernels.mixed_matmul.mosaic_gpu.config import MULTIPROCESSORS, MosaicGpuConfig
 from pallas_kernels.mixed_matmul.mosaic_gpu.split.config import MosaicGpuQuantizeConfig, MosaicGpuSplitConfig
 from pallas_kernels.mixed_matmul.triton_tiles import Problem

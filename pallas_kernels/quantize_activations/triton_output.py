@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels import unsigned_operands
 from pallas_kernels.activations import Layout, QuantizedActivations
-from pallas_kernels.mixed_matmul import unsigned_operands
 from pallas_kernels.triton_common import clear_counters, counters_shape, of_groups, quantize_groups
 
 RUN = 8

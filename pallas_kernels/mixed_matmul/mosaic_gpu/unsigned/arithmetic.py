@@ -34,7 +34,7 @@ from pallas_kernels.mixed_matmul.mosaic_gpu.fragments import (
     zero_total,
 )
 from pallas_kernels.mixed_matmul.mosaic_gpu.mlir import at, element, f32_constant, i32_constant, load
-from pallas_kernels.mixed_matmul.unsigned_operands import OFFSET
+from pallas_kernels.unsigned_operands import OFFSET
 
 TOTAL_SCALE = 2.0**-38
 """Of the totals: a dot's bits are the float dot * 2**-149, and a float16 scale times 2**111 is still a float32."""

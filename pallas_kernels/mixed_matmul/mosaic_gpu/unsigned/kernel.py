@@ -42,8 +42,8 @@ from pallas_kernels.mixed_matmul.mosaic_gpu.tiles import Tile
 from pallas_kernels.mixed_matmul.mosaic_gpu.unsigned.arithmetic import SCALE_PADDING, ZERO_POINT_PADDING
 from pallas_kernels.mixed_matmul.mosaic_gpu.unsigned.calls import SUMS_BYTES, UnsignedArithmetic
 from pallas_kernels.mixed_matmul.mosaic_gpu.unsigned.hand_over import HandOver
-from pallas_kernels.mixed_matmul.unsigned_operands import GROUPS_OF_CORRECTION, corrections_of
 from pallas_kernels.packing import PackedWeight
+from pallas_kernels.unsigned_operands import GROUPS_OF_CORRECTION, corrections_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Activations as unsigned bytes, for the kernel whose tensor cores multiply unsigned by unsigned.
+"""Activations as unsigned bytes, for the kernel of the matmul whose tensor cores multiply unsigned by unsigned.
 
 Of unsigned bytes, the dot of a group is positive and, in groups of 128, below 2**23 (`packing.with_code_sums` has the
 algebra). The bits of such an integer, read as a float32, are that integer times 2**-149: a multiply-add takes them as
