@@ -83,6 +83,7 @@ def load(
     parts = reader.read_parts()  # in the order in which the decoder asks for them
     with explain_shortage_of_weights(str(reader.path)):
         model = Decoder.from_parameters(reader.config, lambda name: _next_part(parts, name), execution)
+        jax.block_until_ready(model)  # or the shortage would come to light at the first prompt
     return LoadedModel(model, reader.config, reader.metadata, reader.path, kv_bits, tables)
 
 

@@ -3,11 +3,13 @@
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 from tiny_chat_model import byte_tokenizer, reference_model, save_tiny_chat_model
 
 from mixllm_jax.cli import main as cli
+from mixllm_jax.evaluation import perplexity
 from mixllm_jax.evaluation.perplexity import cut_sequences, format_table
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 12
@@ -103,6 +105,16 @@ def test_without_a_text_and_a_length(folder, tmp_path, capsys):
     assert cli.main(["perplexity", str(folder / "first"), "--samples", "2", "--json", str(out)]) == 0
     settings = json.loads(out.read_text())["settings"]
     assert (settings["text"], settings["samples"], settings["sequence_length"]) == ("embedded", 2, 160)
+
+
+def test_a_pass_without_memory_says_what_to_change(folder, capsys, monkeypatch):
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+
+    monkeypatch.setattr(perplexity, "_compare", full)
+    command = ["perplexity", str(folder / "first"), str(folder / "second"), "--text", str(folder / "text.txt")]
+    assert cli.main([*command, "--sequence-length", "64"]) == 1
+    assert "in a pass over 64 tokens with 2 models on it: choose a shorter" in capsys.readouterr().err
 
 
 def test_sequences_do_not_overlap():

@@ -138,6 +138,15 @@ def test_the_option_reaches_the_quantised_plans_and_no_others(tmp_path, monkeypa
         assert "--random-allocation is for --random-weights" in capsys.readouterr().err
 
 
+def test_random_weights_that_do_not_fit_say_so(monkeypatch, capsys):
+    def full(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Failed to allocate request for 3.00GiB")
+
+    monkeypatch.setattr("mixllm_jax.models.random_weights.random_decoder", full)
+    assert main(["generate", "--random-weights", "smollm2-135m", "--prompt", "Hello"]) == 1
+    assert "the weights of smollm2-135m do not fit" in capsys.readouterr().err
+
+
 def test_random_weights_of_the_command_may_be_realistic(monkeypatch, capsys):
     monkeypatch.setitem(PRESETS, "tiny", TINY)
     command = ["generate", "--random-weights", "tiny", "--prompt", "Hello", "--max-tokens", "5"]

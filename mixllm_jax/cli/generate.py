@@ -107,9 +107,12 @@ def _describe(completions: list[Completion]) -> str:
 
 def _generate_tokens(arguments: argparse.Namespace, prompts: list[str], options: dict[str, Any]) -> None:
     """Generates with random weights: there is no tokenizer, and nothing that would end the text."""
+    import jax
+
     from mixllm_jax.device import require_kernels
     from mixllm_jax.generation import Engine, SamplingSettings
     from mixllm_jax.generation.completion import DEFAULT_MAX_TOKENS
+    from mixllm_jax.generation.memory import explain_shortage_of_weights
     from mixllm_jax.loading import compute_dtype
     from mixllm_jax.models.presets import preset
     from mixllm_jax.models.random_weights import WeightFormat, fitting_group_size, random_decoder
@@ -129,7 +132,9 @@ def _generate_tokens(arguments: argparse.Namespace, prompts: list[str], options:
     if weights.eight_bit_share is not None or weights.lm_head_bits == 8:
         require_kernels(fitting_group_size(config), arguments.implementation)
     dtype = compute_dtype(arguments.dtype)
-    model = random_decoder(config, weights, dtype=dtype, implementation=arguments.implementation)
+    with explain_shortage_of_weights(arguments.random_weights):
+        model = random_decoder(config, weights, dtype=dtype, implementation=arguments.implementation)
+        jax.block_until_ready(model)
     max_tokens = options.pop("max_tokens", DEFAULT_MAX_TOKENS)
     stream = Engine(model, kv_bits=arguments.kv_bits).stream(
         [[byte % config.vocab_size for byte in prompt.encode()] for prompt in prompts],
