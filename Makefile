@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 	$(BIN)/mixllm demo
 
 test: lint types
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -1,14 +1,19 @@
 """Fixtures shared by all tests."""
 
 import os
+import tempfile
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # What one process of a test run compiles, the others find: xdist's workers, and the commands that tests start. JAX
+    # reads this when it is imported. What an earlier run left in the cache of the home folder takes no part in a test.
+    _COMPILED = tempfile.TemporaryDirectory(prefix="mixllm-tests-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
+    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = "-1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import pytest
-
-# Loading a model makes JAX keep programs on disk: what an earlier run left there should not take part in a test.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    jax.config.update("jax_enable_compilation_cache", False)
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 """Small `transformers` models with random weights: the models we did not write, to hold ours against."""
 
+import atexit
 import dataclasses
 import functools
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,7 @@ def saved_model(family: str) -> tuple[Any, Path]:
     """The reference model of a family and the folder that `save_pretrained` wrote; built once a test run."""
     model = FAMILIES[family].build()
     folder = Path(tempfile.mkdtemp(prefix=f"mixllm-{family}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     model.save_pretrained(folder)
     return model, folder
 

@@ -19,6 +19,8 @@ from mixllm_jax.quantization.driver import quantize_checkpoint
 from mixllm_jax.quantization.salience_file import SalienceScores
 from mixllm_jax.quantization.scheme import QuantizationScheme
 
+pytestmark = pytest.mark.xdist_group("quantization_claims")  # one worker makes what the tests share
+
 CONFIG = ModelConfig(
     architecture="llama",
     vocab_size=96,
@@ -82,7 +84,8 @@ def divergence(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     model = load(folder / "float")
     text = sample_text(model, CALIBRATION_SEQUENCES + 16)
     calibration, held_out = text[:CALIBRATION_SEQUENCES], text[CALIBRATION_SEQUENCES:]
-    reference = jax.nn.log_softmax(model(held_out)[0])
+    predict = jax.jit(lambda model, tokens: jax.nn.log_softmax(model(tokens)[0]))
+    reference = predict(model, held_out)
     scores: SalienceScores | None = None
     found = {}
     for name, settings in SETTINGS.items():
@@ -92,7 +95,7 @@ def divergence(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
         quantize_checkpoint(reader, folder / name, scheme, calibration, salience=reused, show_progress=False)
         if scores is None:
             scores = SalienceScores.read(folder / name)
-        logits = jax.nn.log_softmax(load(folder / name)(held_out)[0])
+        logits = predict(load(folder / name), held_out)
         found[name] = float((jnp.exp(reference) * (reference - logits)).sum(axis=-1).mean())
     return found
 

@@ -8,7 +8,7 @@ import pytest
 import mixllm_jax
 from mixllm_jax.models.cache import KVCache
 
-pytestmark = pytest.mark.real_model
+pytestmark = [pytest.mark.real_model, pytest.mark.xdist_group("smollm2")]  # one worker converts the model
 
 PARAGRAPH = (
     "The Eiffel Tower is a wrought-iron lattice tower on the Champ de Mars in Paris, France. It is named after the "

@@ -5,7 +5,7 @@ import pytest
 import mixllm_jax
 from mixllm_jax.cli import main as cli
 
-pytestmark = pytest.mark.real_model
+pytestmark = [pytest.mark.real_model, pytest.mark.xdist_group("smollm2")]  # one worker converts the model
 QUESTION = "What is the capital of France?"
 ANSWER = "The capital of France is Paris."  # of llama.cpp and of transformers, greedily
 

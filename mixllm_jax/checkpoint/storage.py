@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -18,9 +19,19 @@ _ORBAX_NOISE = (
 )
 
 
-def import_orbax() -> None:
-    """Imports Orbax now rather than when it is first used."""
+def prepare_saving() -> None:
+    """Imports Orbax and starts the thread that saves, now rather than with the first array."""
     from orbax.checkpoint import v1  # noqa: F401
+
+    _saving_thread()
+
+
+@functools.cache
+def _saving_thread() -> ThreadPoolExecutor:
+    """A pool of one thread that runs already: one that Ctrl-C finds at its start would not be waited for."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="save-arrays")
+    pool.submit(int).result()
+    return pool
 
 
 def _orbax_context() -> Any:
@@ -52,9 +63,13 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
             ocp.save(path, arrays)
 
     # Ctrl-C must not leave Orbax's own threads writing into a folder that is being removed: it reaches this thread
-    # alone, and leaving the pool waits for the save to end before the interrupt goes on.
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(save).result()
+    # alone, which waits for the end of what it asked for before the interrupt goes on.
+    thread = _saving_thread()
+    try:
+        thread.submit(save).result()
+    except BaseException:
+        thread.submit(int).result()  # has its turn when the save is over
+        raise
     # Orbax notes the time and the absolute path of the commit; without them, equal models are equal files.
     commit_file, metadata_file = path / "commit_success.txt", path / "_CHECKPOINT_METADATA"
     commit_file.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from mixllm_jax.checkpoint.layout import FORMAT_VERSION, KINDS, METADATA_FILE, describe, flatten
-from mixllm_jax.checkpoint.storage import import_orbax, save_arrays, sync_directory, to_json, write_file_atomically
+from mixllm_jax.checkpoint.storage import prepare_saving, save_arrays, sync_directory, to_json, write_file_atomically
 from mixllm_jax.errors import OptionError, OutputExistsError, StorageError
 from mixllm_jax.models.config import ModelConfig
 
@@ -62,7 +62,7 @@ class CheckpointWriter:
             "tool_versions": {name: _version(name) for name in _TOOLS} | {"python": platform.python_version()},
         }
         check_target(out_dir, overwrite=overwrite)
-        import_orbax()  # seconds, in which Ctrl-C ends the process at once: before there is anything to clean up
+        prepare_saving()  # seconds, in which Ctrl-C ends the process at once: before there is anything to clean up
         with _readable_os_errors(self.out_dir):
             self.partial_dir.mkdir(parents=True, exist_ok=True)
             self._lock = self._take_lock()
