@@ -116,6 +116,8 @@ class Interpreter:
         if name == "arith.cmpi":
             compare = {0: np.equal, 2: np.less, 6: lambda a, b: a.astype(np.uint32) < b.astype(np.uint32)}
             return compare[op.attributes["predicate"].value](*operands)
+        if name == "arith.cmpf":
+            return {2: np.greater, 4: np.less}[op.attributes["predicate"].value](*operands)
         if name in ("arith.bitcast", "llvm.bitcast", "vector.bitcast"):
             values = operands[0] if operands[0].ndim == 2 else operands[0][:, None]
             cast = np.ascontiguousarray(values).view(dtype_of(kind))
@@ -147,7 +149,8 @@ class Interpreter:
             return np.arange(self.threads) if is_x else np.zeros(self.threads, np.int64)
         if name == "nvvm.shfl.sync":
             warp = np.arange(self.threads) // 32 * 32
-            return operands[1][warp + operands[2] % 32]
+            lane = np.arange(self.threads) % 32
+            return operands[1][warp + (lane ^ operands[2] if "bfly" in str(op) else operands[2] % 32)]
         if name == "nvvm.vote.sync":
             return np.repeat(operands[1].reshape(-1, 32).all(axis=1), 32)
         if name == "scf.if":
@@ -173,7 +176,7 @@ class Interpreter:
         if match := re.fullmatch(r"@\$(\d+) st\.global\.(?:v\d\.)?b\d+ \[\$0(?:\+(\d+))?\], (.*);", text):
             values = np.stack(operands[1 : int(match[1])], axis=1)
             return self.memory.store(operands[0] + int(match[2] or 0), values, mask & operands[int(match[1])])
-        if re.fullmatch(r"st\.shared\.v4\.f32 \[\$0\], .*;", text):
+        if re.fullmatch(r"st\.shared\.v4\.\w+ \[\$0\], .*;", text):
             return self.memory.store(operands[0], np.stack(operands[1:], axis=1), mask)
         if re.fullmatch(r"ld\.shared\.v4\.f32 .*, \[\$4\];", text):
             return list(self.memory.load(operands[0], mask, np.dtype(np.float32), 4).T)
@@ -186,9 +189,17 @@ class Interpreter:
             both = np.stack(operands[:2], axis=1).view(np.uint8)
             nibbles = operands[2][:, None] >> np.arange(0, 16, 4) & 7
             return np.ascontiguousarray(np.take_along_axis(both, nibbles, axis=1)).view(np.int32)[:, 0]
+        if match := re.fullmatch(r"@\$2 st\.shared\.f32 \[\$0\], \$1;", text):
+            return self.memory.store(operands[0], operands[1], mask & operands[2])
+        if text == "div.rn.f32 $0, $1, 0f42FE0000;":
+            return operands[0] / np.float32(127)
+        if text == "rcp.rn.f32 $0, $1;":
+            return np.float32(1) / operands[0]
+        if "prmt.b32 $0, a, b, 0x5410;" in text:  # the low bytes of four words
+            return np.ascontiguousarray(np.stack(operands, axis=1).astype(np.uint8)).view(np.int32)[:, 0]
         if text == "mov.u32 $0, %tid.x;":
             return np.arange(self.threads, dtype=np.int32)
-        if text.startswith(("cp.async.wait_all", "bar.sync", "barrier.sync")):
+        if text.startswith(("cp.async.wait_all", "bar.sync", "fence.proxy")):
             return None
         raise NotImplementedError(text)
 
@@ -205,9 +216,17 @@ SIMPLE: dict[str, Callable[..., Any]] = {
     "arith.divui": np.floor_divide,
     "arith.remui": np.remainder,
     "arith.minsi": np.minimum,
+    "arith.minui": np.minimum,
     "arith.addf": np.add,
+    "arith.mulf": np.multiply,
+    "arith.negf": np.negative,
+    "arith.maximumf": np.maximum,
+    "math.absf": np.abs,
+    # A product of two floats is exact in 53 bits, their sum rounded twice at worst.
+    "math.fma": lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32),
+    "arith.shli": lambda a, b: (a.astype(np.uint32) << b.astype(np.uint32)).astype(np.int32),
     "arith.select": np.where,
-    **dict.fromkeys(("arith.extsi", "arith.index_cast", "arith.truncf"), lambda a: a),
+    **dict.fromkeys(("arith.extsi", "arith.index_cast", "arith.truncf", "arith.extf"), lambda a: a),
     **dict.fromkeys(("llvm.ptrtoint", "llvm.inttoptr", "llvm.addrspacecast"), lambda a: a),
     "arith.trunci": lambda a: a & 0xFFFF,
     "nvvm.barrier": lambda *_: None,

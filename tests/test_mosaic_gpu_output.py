@@ -164,12 +164,30 @@ class Scalar:
         self.registers = np.array(value, dtype=object)
 
 
+@dataclasses.dataclass
+class Shaped:
+    """A reference of Pallas, and what it is in MLIR."""
+
+    value: Any
+    shape: tuple[int, ...]
+
+
 @pytest.fixture
 def direct_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """`plgpu.inline_mgpu` calls its body where it stands."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    monkeypatch.setattr(plgpu, "inline_mgpu", lambda **_: lambda body: lambda *arguments: body(None, *arguments))
+    from pallas_kernels.mixed_matmul.mosaic_gpu.mlir import i32_constant
+
+    def lowered(argument: Any) -> Any:
+        if isinstance(argument, jax.Array):
+            return Scalar(i32_constant(int(argument)))
+        return argument.value if isinstance(argument, Shaped) else argument
+
+    def inline(**_: Any) -> Callable[..., Callable[..., Any]]:
+        return lambda body: lambda *arguments: body(None, *map(lowered, arguments))
+
+    monkeypatch.setattr(plgpu, "inline_mgpu", inline)
 
 
 def arrays_of(part: Part, **memory: int) -> dict[str, np.ndarray]:
@@ -284,3 +302,47 @@ def test_splitting_kernel(tokens: int, dtype: str, order: str, others: dict[str,
     firsts = {f"first{number}": number * size for number in range(splits - 1)}
     emitter.run(finish, scalars | firsts, [values * shares[0] for values in part.registers()])
     part.check(*emitter.memory.get("out"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("sizes", "threads"),
+    # In the second a thread takes pieces again and again, and the last time nothing is left for some lanes.
+    [((1, 4, 0, 128), 128), ((7, 25, 3, 128), 256), ((8, 16, 16, 64), 384), ((5, 20, 0, 32), 128)],
+    ids=str,
+)
+def test_quantising_within_the_matmul(sizes: tuple[int, int, int, int], threads: int, dtype: str, direct_calls: None):
+    """Codes where the swizzle of `wgmma` wants them, and scales; rows of tokens that do not exist stay as they are."""
+    from pallas_kernels.mixed_matmul.mosaic_gpu.split import quantize
+
+    tokens, groups, first_group, size = sizes
+    tile_tokens = 8
+    rng = np.random.default_rng(sizes)
+    x = rng.standard_normal((tokens, (groups + first_group) * size)).astype(DTYPES[dtype])
+    x[0, first_group * size :][:size] = 0
+    arrays = {
+        "x": x,
+        "codes": np.zeros((groups, tile_tokens, size), np.int32).astype(np.int8),
+        "scales": np.zeros(groups * tile_tokens, np.float32),
+    }
+    emitter = Emitter(threads, arrays)
+
+    def emit(refs: dict[str, Any], values: list[Any]) -> None:
+        shapes = {name: Shaped(refs[name], array.shape) for name, array in arrays.items()}
+        quantize.quantize(*shapes.values(), first_group, threads=threads)
+
+    emitter.run(emit, {}, [])
+    # scale = absmax / 127, codes = round-half-even(x / scale), in float32.
+    by_group = x.astype(np.float32).reshape(tokens, -1, size).transpose(1, 0, 2)[first_group:]
+    expected_scales = np.abs(by_group).max(axis=2) / np.float32(127)
+    expected_codes = np.rint(by_group / np.where(expected_scales > 0, expected_scales, 1)[..., None])
+    codes, code_stores = emitter.memory.get("codes")
+    scales, _ = emitter.memory.get("scales")
+    np.testing.assert_array_equal(scales.reshape(groups, tile_tokens)[:, :tokens], expected_scales)
+    # PTX ISA, "Swizzling modes": of a row at byte a, bits 7 and up of a turn the 16-byte pieces around.
+    rows = np.arange(groups * tile_tokens)[:, None]
+    piece = np.arange(size // 16)[None] ^ (rows * size // 128 % (size // 16))
+    unswizzled = codes.reshape(-1, size // 16, 16)[rows, piece].reshape(groups, tile_tokens, size)
+    np.testing.assert_array_equal(unswizzled[:, :tokens], expected_codes)
+    assert (code_stores.reshape(groups, tile_tokens, size)[:, :tokens] > 0).all()
+    assert (code_stores.reshape(groups, tile_tokens, size)[:, tokens:] == 0).all()
