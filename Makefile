@@ -1,5 +1,5 @@
 # Needs Python 3.11 or newer, pip and make; everything else is installed into .venv.
-#   make demo    install, then fetch a small model, quantize it and compare (about 5 minutes on 2 cores)
+#   make demo    install, then fetch a small model, quantize it and compare (about 6 minutes on 2 cores)
 #   make test    install, then lint, types and tests
 # Another Python: make demo PYTHON=python3.12
 
