@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from kernel_cases import assemble, make_case, relative_error, require_hopper
 
 from pallas_kernels.activations import QuantizedActivations
@@ -130,6 +132,31 @@ def test_every_token_of_every_channel_is_in_one_tile(channels: int, tokens: int)
     whole, rest = divmod(kernel.num_tiles, multiprocessors)
     is_halved = whole > 0 and 0 < 2 * rest <= multiprocessors
     assert longest.max() == whole + (0.5 if is_halved else rest > 0)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11 or later, and says so")
+@given(
+    row=st.integers(1, 600),
+    tile=st.sampled_from([8, 16, 48, 64, 96, 112, 128]),
+    itemsize=st.sampled_from([1, 2, 4]),
+    group=st.integers(0, 200),
+    number=st.integers(0, 100),
+)
+@settings(max_examples=60, deadline=None)
+def test_copies_of_scales_start_at_16_bytes_and_bring_the_tile(
+    row: int, tile: int, itemsize: int, group: int, number: int
+):
+    """Whatever the length of the rows; tiles of channels are whole 64, those of tokens (of 4 bytes) whole 8."""
+    from pallas_kernels.mixed_matmul.mosaic_gpu.operands import Slice
+
+    tile = tile if itemsize == 4 else -(-tile // 64) * 64
+    scales = Slice(row, tile, itemsize)
+    first = number * tile
+    start, lead = int(scales.start(group, first)), int(scales.lead(group))
+    assert start + lead == group * row + first
+    assert start * itemsize % 16 == 0
+    assert scales.copied * itemsize % 128 == 0
+    assert lead + tile <= scales.copied
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
