@@ -29,7 +29,7 @@ from pallas_kernels import registry
 from pallas_kernels.activations import Layout
 from pallas_kernels.benchmark_data import bfloat16_array, copies_for, packed_weight
 from pallas_kernels.device_time import kernel_times, repeats_for
-from pallas_kernels.mixed_matmul import configs, pallas_mosaic_gpu, pallas_triton
+from pallas_kernels.mixed_matmul import configs, pallas_mosaic_gpu, pallas_triton, tuned_table
 from pallas_kernels.mixed_matmul.mosaic_gpu import config as mosaic_gpu_config
 from pallas_kernels.mixed_matmul.mosaic_gpu.split import config as mosaic_gpu_split_config
 from pallas_kernels.mixed_matmul.triton_few_tokens import FewTokensConfig
@@ -192,7 +192,7 @@ def tune_all(cases: list[Case], workers: int, shown: int, out: Path | None, log:
                 continue
             log(report)
             if entries:
-                path = configs.write_table(device_kind, entries, versions, out)
+                path = tuned_table.write_table(device_kind, entries, versions, out)
     return path
 
 

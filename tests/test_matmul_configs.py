@@ -1,10 +1,12 @@
 """Which configuration of the matmul is taken for shapes that were, and were not, tuned."""
 
 import json
+import warnings
 
 import pytest
 
-from pallas_kernels.mixed_matmul import configs
+from pallas_kernels.device_traits import UNKNOWN, DeviceTraits, traits_of
+from pallas_kernels.mixed_matmul import configs, tuned_table
 from pallas_kernels.mixed_matmul.mosaic_gpu.config import MosaicGpuConfig
 from pallas_kernels.mixed_matmul.triton_few_tokens import FewTokensConfig
 from pallas_kernels.mixed_matmul.triton_many_tokens import ManyTokensConfig
@@ -35,8 +37,8 @@ def test_a_tuned_case_gets_what_was_tuned(table):
         configs.Entry(128, 4096, 4096, 128, 0.0, NARROW, 50.0),
         configs.Entry(256, 4096, 4096, 128, 0.0, WIDE, 20.0),  # would do 128 tokens in 20 us
     )
-    assert configs.choose(problem(128, 4096, 4096), "any", "mosaic_gpu") is NARROW
-    assert configs.choose(problem(256, 4096, 4096), "any", "mosaic_gpu") is WIDE
+    assert configs.choose(problem(128, 4096, 4096), "NVIDIA H100 80GB HBM3", "mosaic_gpu") is NARROW
+    assert configs.choose(problem(256, 4096, 4096), "NVIDIA H100 80GB HBM3", "mosaic_gpu") is WIDE
 
 
 def test_tiles_that_leave_multiprocessors_idle_are_not_taken(table):
@@ -47,9 +49,9 @@ def test_tiles_that_leave_multiprocessors_idle_are_not_taken(table):
     )
     # 136 tiles are a second, empty wave; 544 tiles of 64 x 64 are 5 waves instead of 4.
     assert configs.waves(WIDE, problem(512, 4352, 4096)) == 2
-    assert configs.choose(problem(512, 4352, 4096), "any", "mosaic_gpu") is NARROW
+    assert configs.choose(problem(512, 4352, 4096), "NVIDIA H100 80GB HBM3", "mosaic_gpu") is NARROW
     # 4 x 66 tiles fill two waves.
-    assert configs.choose(problem(512, 8448, 4096), "any", "mosaic_gpu") is WIDE
+    assert configs.choose(problem(512, 8448, 4096), "NVIDIA H100 80GB HBM3", "mosaic_gpu") is WIDE
 
 
 def test_half_tiles_of_a_last_wave_take_less_than_a_wave():
@@ -66,8 +68,8 @@ def test_tuned_entries_count_for_weights_with_about_as_many_8_bit_channels(table
         configs.Entry(512, 4096, 4096, 128, 1.0, WIDE, 40.0),
     )
     for n8 in (410, 416, 512):
-        assert configs.choose(Problem(512, 4096, 128, 4096 - n8, n8), "any", "mosaic_gpu") is NARROW
-    assert configs.choose(problem(512, 4096, 4096, 1.0), "any", "mosaic_gpu") is WIDE
+        assert configs.choose(Problem(512, 4096, 128, 4096 - n8, n8), "NVIDIA H100 80GB HBM3", "mosaic_gpu") is NARROW
+    assert configs.choose(problem(512, 4096, 4096, 1.0), "NVIDIA H100 80GB HBM3", "mosaic_gpu") is WIDE
 
 
 def test_the_implementation_with_the_lower_estimate_comes_first(table):
@@ -75,17 +77,17 @@ def test_the_implementation_with_the_lower_estimate_comes_first(table):
         configs.Entry(1, 4096, 4096, 128, 0.0, TRITON, 6.0),
         configs.Entry(1, 28672, 4096, 128, 0.0, MosaicGpuConfig(8, 1, 8, 4, parts=1), 25.0),
     )
-    assert configs.by_speed(problem(1, 4096, 4096), "any") == ("triton", "mosaic_gpu")
-    assert configs.by_speed(problem(1, 28672, 4096), "any") == ("mosaic_gpu", "triton")
+    assert configs.by_speed(problem(1, 4096, 4096), "NVIDIA H100 80GB HBM3") == ("triton", "mosaic_gpu")
+    assert configs.by_speed(problem(1, 28672, 4096), "NVIDIA H100 80GB HBM3") == ("mosaic_gpu", "triton")
     # Without any entry, the number of tokens decides.
     table()
-    assert configs.by_speed(problem(8, 4096, 4096), "any")[0] == "triton"
-    assert configs.by_speed(problem(9, 4096, 4096), "any")[0] == "mosaic_gpu"
+    assert configs.by_speed(problem(8, 4096, 4096), "NVIDIA H100 80GB HBM3")[0] == "triton"
+    assert configs.by_speed(problem(9, 4096, 4096), "NVIDIA H100 80GB HBM3")[0] == "mosaic_gpu"
 
 
 def test_other_group_sizes_use_the_entries_there_are(table):
     table(configs.Entry(1, 4096, 4096, 128, 0.0, TRITON, 6.0))
-    assert configs.choose(problem(1, 4096, 4096, group_size=64), "any") is TRITON
+    assert configs.choose(problem(1, 4096, 4096, group_size=64), "NVIDIA H100 80GB HBM3") is TRITON
 
 
 @pytest.mark.parametrize("kind", ["NVIDIA H200", "NVIDIA GH200 480GB", "NVIDIA H100 PCIe"])
@@ -100,15 +102,43 @@ def test_unknown_devices_have_a_rule():
     assert isinstance(configs.choose(problem(400, 999, 4096), "unknown", "mosaic_gpu"), MosaicGpuConfig)
 
 
+def test_traits_are_those_of_the_data_sheets_and_unknown_devices_are_said_once():
+    assert traits_of("NVIDIA H100 80GB HBM3") == DeviceTraits(132, 3.35e12)
+    assert traits_of("NVIDIA H100 PCIe").multiprocessors == 114
+    assert traits_of("NVIDIA A100-SXM4-40GB").bandwidth < traits_of("NVIDIA A100-SXM4-80GB").bandwidth
+    assert traits_of("NVIDIA GH200 480GB") != traits_of("NVIDIA H200")
+    assert traits_of("NVIDIA L40S") != traits_of("NVIDIA L4")
+    traits_of.cache_clear()
+    with pytest.warns(UserWarning, match="'My GPU' is no GPU that pallas_kernels.device_traits knows"):
+        assert traits_of("My GPU") == UNKNOWN
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        traits_of("My GPU")
+
+
+def test_the_rule_reckons_with_the_device_of_the_table(table):
+    """On the 58 multiprocessors of an L4, 264 programs of 8 warps are more than one wave; on an H100 they are one."""
+    wide, narrow = (FewTokensConfig(rows, 8, 8, 1, 1, "none") for rows in (32, 16))
+    table(
+        configs.Entry(1, 1856, 4096, 128, 0.0, narrow, 10.0),  # one wave of an L4: 116 programs
+        configs.Entry(1, 1856, 4096, 128, 0.0, wide, 10.1),
+    )
+    assert configs.waves(narrow, problem(1, 4224, 4096)) == 1
+    assert configs.waves(narrow, problem(1, 4224, 4096), 58) == pytest.approx(264 / 116)
+    [entry, _] = configs.read_table("")
+    estimate = configs._estimate(problem(1, 4224, 4096), entry, traits_of("NVIDIA L4"))
+    assert estimate == pytest.approx(2 + 8 * 264 / 116)
+
+
 def test_a_written_table_is_read_back_and_updated(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(configs, "TABLE_DIR", tmp_path)
+    monkeypatch.setattr(tuned_table, "TABLE_DIR", tmp_path)
     configs.read_table.cache_clear()
     first = configs.Entry(1, 4096, 4096, 128, 0.1, TRITON, 6.0)
     other = configs.Entry(1, 4096, 4096, 128, 0.1, NARROW, 7.0)
     faster = configs.Entry(1, 4096, 4096, 128, 0.1, FewTokensConfig(32, 8, 8, 1, 1, "none"), 5.0)
-    path = configs.write_table("My GPU", [first, other], {"jax": "1"})
+    path = tuned_table.write_table("My GPU", [first, other], {"jax": "1"})
     assert configs.read_table("My GPU") in ((first, other), (other, first))
-    configs.write_table("My GPU", [faster], {"jax": "1"})
+    tuned_table.write_table("My GPU", [faster], {"jax": "1"})
     assert set(configs.read_table("My GPU")) == {faster, other}
     assert json.loads(path.read_text())["device_kind"] == "My GPU"
     configs.read_table.cache_clear()

@@ -1,138 +1,27 @@
-"""Which kernel and which tile sizes to use: tuned tables by device kind, and rules where there is none.
+"""Which kernel and which tile sizes to use: by the tuned table of the device, or by a rule where there is none.
 
 `python -m pallas_kernels.tune` writes a table; a call uses the entry whose configuration should be fastest for it.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import json
 import math
-import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from pallas_kernels.device_traits import DeviceTraits, traits_of
 from pallas_kernels.mixed_matmul.mosaic_gpu import config as mosaic_gpu_config
 from pallas_kernels.mixed_matmul.mosaic_gpu.config import MULTIPROCESSORS, MosaicGpuConfig
 from pallas_kernels.mixed_matmul.mosaic_gpu.split.config import MosaicGpuQuantizeConfig, MosaicGpuSplitConfig
 from pallas_kernels.mixed_matmul.triton_few_tokens import FewTokensConfig
 from pallas_kernels.mixed_matmul.triton_many_tokens import ManyTokensConfig
 from pallas_kernels.mixed_matmul.triton_tiles import Problem
-
-TABLE_DIR = Path(__file__).parent / "tuned"
-
-Config = FewTokensConfig | ManyTokensConfig
-"""Settings of a Triton kernel."""
-
-MosaicConfig = MosaicGpuConfig | MosaicGpuSplitConfig
-"""Settings of a Mosaic GPU kernel."""
-
-QUANTIZING = "mosaic_gpu_quantize"
-"""What entries of the kernel that quantises its activations itself are for."""
+from pallas_kernels.mixed_matmul.tuned_table import QUANTIZING, Config, Entry, MosaicConfig, read_table, tuned_device
 
 QUANTIZE_MICROSECONDS = 1.3
 """Of the launch that quantises few tokens."""
 
 WARPS_OF_FEW_TOKENS = 16
 """Warps of the Triton kernel for few tokens that the registers of a multiprocessor hold at once."""
-
-_KERNELS: dict[str, type[Any]] = {
-    "few_tokens": FewTokensConfig,
-    "many_tokens": ManyTokensConfig,
-    "mosaic_gpu": MosaicGpuConfig,
-    "mosaic_gpu_quantize": MosaicGpuQuantizeConfig,  # before the class that it extends
-    "mosaic_gpu_split": MosaicGpuSplitConfig,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """The fastest configuration of one implementation for one tuned case.
-
-    Attributes:
-        tokens: M of the case.
-        n: Output channels.
-        k: Input channels.
-        group_size: Input channels that share a scale.
-        share_8bit: Share of 8-bit channels.
-        config: What was fastest.
-        microseconds: Its device time.
-    """
-
-    tokens: int
-    n: int
-    k: int
-    group_size: int
-    share_8bit: float
-    config: Config | MosaicConfig
-    microseconds: float
-
-    @property
-    def case(self) -> tuple[int, int, int, int, float]:
-        """What the configuration was tuned for."""
-        return self.tokens, self.n, self.k, self.group_size, self.share_8bit
-
-    @property
-    def problem(self) -> Problem:
-        """The sizes of the case."""
-        n8 = round(self.n * self.share_8bit)
-        return Problem(self.tokens, self.k, self.group_size, self.n - n8, n8)
-
-    @property
-    def implementation(self) -> str:
-        """Name in the registry of the implementation that the configuration is for, or `QUANTIZING`."""
-        if isinstance(self.config, MosaicGpuQuantizeConfig):
-            return QUANTIZING
-        return "mosaic_gpu" if isinstance(self.config, MosaicConfig) else "triton"
-
-    def to_json(self) -> dict[str, Any]:
-        """As in a table file."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        kernel = next(name for name, kind in _KERNELS.items() if isinstance(self.config, kind))
-        return {**fields, "config": {"kernel": kernel, **dataclasses.asdict(self.config)}}
-
-    @staticmethod
-    def from_json(row: dict[str, Any]) -> Entry:
-        """The inverse of `to_json`."""
-        settings = dict(row["config"])
-        return Entry(**{**row, "config": _KERNELS[settings.pop("kernel")](**settings)})
-
-
-def table_path(device_kind: str) -> Path:
-    """File of a device's table, such as `nvidia_h100_80gb_hbm3.json`."""
-    return TABLE_DIR / (re.sub(r"[^a-z0-9]+", "_", device_kind.lower()).strip("_") + ".json")
-
-
-@functools.cache
-def read_table(device_kind: str) -> tuple[Entry, ...]:
-    """Entries tuned for a device, those of an H100 for its relatives without a table; none for an unknown one."""
-    path = table_path(device_kind)
-    if not path.exists() and re.search(r"\bG?H[128]00\b", device_kind):
-        path = table_path("NVIDIA H100 80GB HBM3")
-    return _read(path) if path.exists() else ()
-
-
-def _read(path: Path) -> tuple[Entry, ...]:
-    return tuple(Entry.from_json(row) for row in json.loads(path.read_text())["entries"])
-
-
-def write_table(device_kind: str, entries: list[Entry], versions: dict[str, str], path: Path | None = None) -> Path:
-    """Write a device's table (or another file), replacing entries of the same cases and implementations in it."""
-    path = path or table_path(device_kind)
-    existing = _read(path) if path.exists() else ()
-    by_case = {(entry.case, entry.implementation): entry for entry in (*existing, *entries)}
-    rows = sorted(
-        by_case.values(), key=lambda entry: (entry.n, entry.k, entry.share_8bit, entry.tokens, entry.implementation)
-    )
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix(".partial")
-    lines = ",\n".join("  " + json.dumps(entry.to_json()) for entry in rows)
-    header = json.dumps({"device_kind": device_kind, "versions": versions})[:-1]
-    partial.write_text(f'{header}, "entries": [\n{lines}\n]}}\n')
-    partial.replace(path)
-    read_table.cache_clear()
-    return path
 
 
 def choose(problem: Problem, device_kind: str, implementation: str = "triton") -> Any:
@@ -177,8 +66,8 @@ class _Estimate(NamedTuple):
 RAMP = 2.0
 """Microseconds of a launch that do not depend on the size: first loads to arrive, last outputs to be stored."""
 
-BITS_PER_MICROSECOND = 8 * 3.0e6
-"""That an H100 reads from memory: an entry that takes more than twice as long as its weight is bound by computing."""
+READ_SHARE = 3.0 / 3.35
+"""Of the bandwidth of a data sheet that a kernel reads with, on an H100."""
 
 FEW_TOKENS = 64
 """Up to here, reading the weight counts in any case."""
@@ -196,14 +85,15 @@ def _best(problem: Problem, device_kind: str, implementation: str) -> _Estimate 
     8-bit channels.
     """
     entries = [entry for entry in read_table(device_kind) if entry.implementation == implementation]
+    if not entries:
+        return None
+    traits = traits_of(tuned_device(device_kind))  # on which the entries took their time
     estimates = [
-        _Estimate(_estimate(problem, entry) * (1 + UNCERTAINTY * _distance(problem, entry)), entry)
+        _Estimate(_estimate(problem, entry, traits) * (1 + UNCERTAINTY * _distance(problem, entry)), entry)
         for entry in entries
         if entry.group_size == problem.group_size or not any(e.group_size == problem.group_size for e in entries)
     ]
-    return min(
-        estimates, key=lambda estimate: (not _is_case(problem, estimate.entry), estimate.microseconds), default=None
-    )
+    return min(estimates, key=lambda estimate: (not _is_case(problem, estimate.entry), estimate.microseconds))
 
 
 SAME_SHARE = 0.05
@@ -218,14 +108,17 @@ def _is_case(problem: Problem, entry: Entry) -> bool:
     return same and abs(problem.n8 - own.n8) <= SAME_SHARE * own.out_features
 
 
-def _estimate(problem: Problem, entry: Entry) -> float:
-    """Microseconds of an entry's configuration for a problem."""
+def _estimate(problem: Problem, entry: Entry, traits: DeviceTraits) -> float:
+    """Microseconds of an entry's configuration for a problem, on the device with these traits."""
     own = entry.problem
-    computing = waves(entry.config, problem) * problem.num_groups / (waves(entry.config, own) * own.num_groups)
+    own_waves, problem_waves = (waves(entry.config, case, traits.multiprocessors) for case in (own, problem))
+    computing = problem_waves * problem.num_groups / (own_waves * own.num_groups)
     time = entry.microseconds - RAMP
     many = min(problem.tokens, own.tokens) > FEW_TOKENS
-    if many and _weight_bits(own) / BITS_PER_MICROSECOND < time / 2:
-        time = max(time * computing, _weight_bits(problem) / BITS_PER_MICROSECOND)
+    bits_per_microsecond = 8e-6 * READ_SHARE * traits.bandwidth
+    # One that takes more than twice as long as reading its weight is bound by computing.
+    if many and _weight_bits(own) / bits_per_microsecond < time / 2:
+        time = max(time * computing, _weight_bits(problem) / bits_per_microsecond)
     else:
         time *= max(computing, _weight_reads(entry.config, problem) / _weight_reads(entry.config, own))
     longer_before = max(0.0, _microseconds_before(entry.config, problem) - _microseconds_before(entry.config, own))
@@ -237,10 +130,11 @@ def _microseconds_before(config: Config | MosaicConfig, problem: Problem) -> flo
     return config.quantizing_microseconds(problem) if isinstance(config, MosaicGpuQuantizeConfig) else 0.0
 
 
-def waves(config: Config | MosaicConfig, problem: Problem) -> float:
+def waves(config: Config | MosaicConfig, problem: Problem, multiprocessors: int = MULTIPROCESSORS) -> float:
     """Times that a multiprocessor computes a tile, or as many as fit it at once; at least 1.
 
-    Programs of the Triton kernels start whenever one ends, so that a last wave may be partly filled at no loss.
+    Programs of the Triton kernels start whenever one ends, so that a last wave may be partly filled at no loss. Those
+    of the Mosaic GPU kernels, which are for Hopper alone, are counted as on an H100.
     """
     if isinstance(config, MosaicGpuSplitConfig):
         return config.waves(problem)
@@ -254,7 +148,7 @@ def waves(config: Config | MosaicConfig, problem: Problem) -> float:
     else:
         channels = math.ceil(problem.n4 / config.rows) + math.ceil(problem.n8 / config.rows)
         tiles, resident = channels * math.ceil(problem.tokens / config.tokens), 2
-    return max(1.0, tiles / (MULTIPROCESSORS * resident))
+    return max(1.0, tiles / (multiprocessors * resident))
 
 
 def _weight_reads(config: Config | MosaicConfig, problem: Problem) -> float:
