@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import itertools
-import json
 import multiprocessing
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,10 +29,10 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_t
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 
 from pallas_kernels import registry
 from pallas_kernels.benchmark_data import bfloat16_array, copies_for, packed_weight
+from pallas_kernels.benchmark_report import HEADER, Ceilings, Row, format_row, plot, write_json
 from pallas_kernels.device_time import kernel_times, repeats_for
 from pallas_kernels.mixed_matmul.api import OPERATION, quantized_linear
 from pallas_kernels.quantize_activations.api import quantize_activations
@@ -46,44 +43,6 @@ SHARES = (0.0, 0.1, 1.0)
 GROUP_SIZE = 128
 QUICK_SHAPES = ((4096, 4096), (28672, 4096))
 QUICK_TOKENS = (1, 16, 128, 1024)
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of the table; times in microseconds."""
-
-    m: int
-    n: int
-    k: int
-    share_8bit: float
-    group_size: int
-    implementation: str
-    quantize_matmul_us: float
-    matmul_us: float
-    bf16_us: float
-    floor_us: float
-
-    @property
-    def speedup(self) -> float:
-        """Of quantising and multiplying over the bf16 dot."""
-        return self.bf16_us / self.quantize_matmul_us
-
-    @property
-    def tops(self) -> float:
-        """10**12 operations a second of the matmul alone."""
-        return 2e-6 * self.m * self.n * self.k / self.matmul_us
-
-
-@dataclasses.dataclass(frozen=True)
-class Ceilings:
-    """What the device was measured to do in the same run."""
-
-    copy_bytes_per_second: float
-    int8_operations_per_second: float
-
-    def floor_us(self, m: int, n: int, k: int, weight_bytes: float) -> float:
-        """The least time that one product can take."""
-        return 1e6 * max(weight_bytes / self.copy_bytes_per_second, 2 * m * n * k / self.int8_operations_per_second)
 
 
 Compiled = Callable[..., Any]
@@ -267,62 +226,6 @@ def benchmark(
             for future in as_completed(waiting):
                 done(waiting[future], future.result())
     return [row for shape in shapes for row in by_shape[shape]], ceilings
-
-
-HEADER = "    M      N      K  8-bit  implementation   all in   matmul     bf16    floor  speed-up  TOP/s  of floor"
-
-
-def format_row(row: Row) -> str:
-    """A line under `HEADER`."""
-    return (
-        f"{row.m:5d} {row.n:6d} {row.k:6d} {row.share_8bit:6.2f}  {row.implementation:14s} "
-        f"{row.quantize_matmul_us:8.1f} {row.matmul_us:8.1f} {row.bf16_us:8.1f} {row.floor_us:8.1f} "
-        f"{row.speedup:9.2f} {row.tops:6.0f} {row.floor_us / row.quantize_matmul_us:9.0%}"
-    )
-
-
-def write_json(path: Path, rows: Sequence[Row], ceilings: Ceilings) -> None:
-    """The table with the device, versions and ceilings beside it."""
-    document = {
-        "command": "python -m pallas_kernels.benchmark " + shlex.join(sys.argv[1:]),
-        "device": registry.device_kind(),
-        "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "python": sys.version.split()[0]},
-        "ceilings": dataclasses.asdict(ceilings),
-        "units": "microseconds of device time, medians, weights from memory",
-    }
-    lines = ",\n".join("  " + json.dumps(dataclasses.asdict(row)) for row in rows)
-    partial = path.with_suffix(".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(document, indent=1)[:-2] + f',\n "rows": [\n{lines}\n ]\n}}\n')
-    partial.replace(path)
-
-
-def plot(path: Path, rows: Sequence[Row]) -> None:
-    """Speed-up over M, one panel a shape and one line a share of 8-bit channels (as Figure 5 of the paper)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shapes = list(dict.fromkeys((row.n, row.k) for row in rows))
-    columns = min(4, len(shapes))
-    lines = -(-len(shapes) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(4 * columns, 3 * lines), squeeze=False, sharey=True)
-    for axis, (n, k) in zip(axes.flat, shapes, strict=False):
-        for share in sorted({row.share_8bit for row in rows}):
-            points = [row for row in rows if (row.n, row.k, row.share_8bit) == (n, k, share)]
-            label = f"{share:.0%} 8-bit"
-            axis.plot([row.m for row in points], [row.speedup for row in points], marker="o", markersize=3, label=label)
-        axis.axhline(1, color="grey", linewidth=0.8)
-        axis.set(xscale="log", title=f"{n} x {k}", xlabel="tokens")
-        axis.set_xscale("log", base=2)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("speed-up over bf16")
-    axes.flat[0].legend()
-    for axis in axes.flat[len(shapes) :]:
-        axis.set_axis_off()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
 
 
 def main(arguments: list[str] | None = None) -> int:
