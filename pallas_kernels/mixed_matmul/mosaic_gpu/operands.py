@@ -1,4 +1,7 @@
-"""What the kernels copy and pass around: references and indices, scales in shared memory, swizzled operands."""
+"""What the kernels copy and pass around: references and indices, scales in shared memory, swizzled operands.
+
+And how Pallas is to compile all this.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,12 @@ ACCUMULATOR = plgpu.Layout._WGMMA_ACC_32BIT
 
 SCALAR = plgpu.Layout.WG_SPLAT(())
 """Of an index, likewise."""
+
+COMPILER_PARAMS = plgpu.CompilerParams(
+    lowering_semantics=plgpu.LoweringSemantics.Lane,  # values are registers of a thread, in layouts that are ours
+    unsafe_no_auto_barriers=True,  # ring, sums and stores have barriers of their own
+)
+"""Of all kernels."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.activations import QuantizedActivations
 from pallas_kernels.mixed_matmul.mosaic_gpu.config import CHANNELS_PER_WARPGROUP, MosaicGpuConfig
-from pallas_kernels.mixed_matmul.mosaic_gpu.operands import Index, Ref
+from pallas_kernels.mixed_matmul.mosaic_gpu.operands import COMPILER_PARAMS, Index, Ref
 from pallas_kernels.mixed_matmul.mosaic_gpu.tiles import Tile, TiledKernel
 from pallas_kernels.packing import PackedWeight
 
@@ -65,10 +65,7 @@ def launch(
         num_threads=config.compute_warpgroups + 1,
         thread_name="warpgroup",
         kernel_name="mixed_matmul_mosaic_gpu",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,  # the ring has barriers of its own, and so has the store
-        ),
+        compiler_params=COMPILER_PARAMS,
     )
     return run(*operands.values())
 

@@ -32,7 +32,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.activations import QuantizedActivations
 from pallas_kernels.mixed_matmul.mosaic_gpu.calls import GroupArithmetic
 from pallas_kernels.mixed_matmul.mosaic_gpu.config import CHANNELS_PER_WARPGROUP, THREADS_PER_WARPGROUP
-from pallas_kernels.mixed_matmul.mosaic_gpu.operands import Index, Ref
+from pallas_kernels.mixed_matmul.mosaic_gpu.operands import COMPILER_PARAMS, Index, Ref
 from pallas_kernels.mixed_matmul.mosaic_gpu.split import quantize, store, sums
 from pallas_kernels.mixed_matmul.mosaic_gpu.split.config import MosaicGpuSplitConfig
 from pallas_kernels.mixed_matmul.mosaic_gpu.split.loop import TileLoop
@@ -79,10 +79,7 @@ def launch(
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         kernel_name="mixed_matmul_mosaic_gpu_split",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,  # the ring and the sums have barriers of their own
-        ),
+        compiler_params=COMPILER_PARAMS,
     )
     return run(*operands.values())
 
