@@ -16,7 +16,6 @@ i + head_dim / 2: half-size dots need no concatenation.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -28,56 +27,12 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import registry
 from pallas_kernels.activations import QuantizedActivations
+from pallas_kernels.decode_attention.config import Config, default_config
 from pallas_kernels.decode_attention.triton_output import NOTHING, Output, Shape
 from pallas_kernels.kv_cache import LayerCache
 from pallas_kernels.quantize_activations import pallas_triton as quantize_triton
-from pallas_kernels.triton_common import clear_counters, counters_shape, next_power_of_2
+from pallas_kernels.triton_common import clear_counters, counters_shape
 from pallas_kernels.triton_primitives import round_to_int8
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """How the work is cut (static).
-
-    Attributes:
-        splits: Programs among which one row's positions are divided.
-        block: Positions that a program reads at a time.
-        num_warps: Warps of a program.
-        num_stages: Blocks in flight.
-    """
-
-    splits: int
-    block: int = 64
-    num_warps: int = 4
-    num_stages: int = 3
-
-
-_TARGET_PROGRAMS = 132
-"""One for each multiprocessor of an H100: more splits only add partial results."""
-_LONG_SHARE = 32
-"""Blocks of one program from which on a fourth one in flight pays."""
-_KEPT_IN_FLIGHT = {(8, 0): 128 << 10, (9, 0): 128 << 10}
-"""Most bytes of shared memory for blocks in flight, by compute capability."""
-_KEPT_IN_FLIGHT_ELSEWHERE = 96 << 10
-
-
-def default_config(batch: int, kv_heads: int, max_length: int, position_bytes: int) -> Config:
-    """Enough splits to fill the device, none smaller than a block of a full row.
-
-    `position_bytes`: of the key and value of one head.
-
-    The rule behind the fastest of 4 to 14 candidates at each of batches 1, 16, 64 and contexts of 256 to 32768 (8 kv
-    heads of 128 channels, H100): at most 4 % slower than those.
-    """
-    block = 64
-    wanted = 1 << round(math.log2(max(1.0, _TARGET_PROGRAMS / (batch * kv_heads))))
-    splits = min(wanted, next_power_of_2(pl.cdiv(max_length, block)))
-    share = pl.cdiv(max_length, block * splits)
-    programs = batch * kv_heads * splits
-    # Several programs share a multiprocessor's memory where there are many, and a single block needs no pipeline.
-    stages = 4 if share >= _LONG_SHARE else 2 if share == 1 or programs > 2 * _TARGET_PROGRAMS else 3
-    most = _KEPT_IN_FLIGHT.get(registry.compute_capability() or (0, 0), _KEPT_IN_FLIGHT_ELSEWHERE)
-    return Config(splits, block, num_stages=min(stages, max(1, most // (block * position_bytes))))
 
 
 def _kernel(refs: dict[str, Any], *, shape: Shape, config: Config, quantized: bool, group_size: int | None) -> None:
