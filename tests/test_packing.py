@@ -80,6 +80,50 @@ def test_concatenate_fuses_channels():
     assert (fused.n4, fused.n8, fused.shape) == (6, 6, (12, 128))
 
 
+def random_weight(n4: int, n8: int, groups: int, group_size: int, seed: int) -> packing.PackedWeight:
+    """A weight of the format: channels ascending within each bit width."""
+    share = n8 / (n4 + n8)
+    return make_case(1, n4 + n8, groups * group_size, group_size, share, seed=seed).weight
+
+
+SIZES = st.tuples(st.integers(0, 40), st.integers(0, 40), st.integers(1, 3), st.integers(0, 99)).filter(
+    lambda sizes: sizes[0] + sizes[1] > 0
+)
+
+
+@hypothesis.given(sizes=SIZES, moved=st.integers(0, 40))
+@hypothesis.settings(max_examples=25, deadline=None)
+def test_channels_stored_with_8_bits_are_the_same_weight(sizes: tuple[int, int, int, int], moved: int):
+    n4, n8, groups, seed = sizes
+    weight = random_weight(n4, n8, groups, 32, seed)
+    aligned = packing.with_aligned_rows(weight)
+    packing.validate(aligned, values=True)
+    assert packing.has_aligned_rows(aligned) == (weight.out_features % packing.ALIGNED_ROWS == 0)
+    assert aligned.n8 - weight.n8 < packing.ALIGNED_ROWS
+    np.testing.assert_array_equal(packing.dequantize(aligned), packing.dequantize(weight))
+    if moved > n4:
+        with pytest.raises(ValueError, match=f"there are {n4} 4-bit channels, not {moved}"):
+            packing.with_8bit_channels(weight, moved)
+        return
+    changed = packing.with_8bit_channels(weight, moved)
+    packing.validate(changed, values=True)
+    assert (changed.n4, changed.n8) == (n4 - moved, n8 + moved)
+    np.testing.assert_array_equal(packing.dequantize(changed), packing.dequantize(weight))
+
+
+@hypothesis.given(parts=st.lists(SIZES, min_size=1, max_size=4), groups=st.integers(1, 3))
+@hypothesis.settings(max_examples=20, deadline=None)
+def test_fused_layers_are_their_channels_one_after_another(parts: list[tuple[int, int, int, int]], groups: int):
+    weights = [packing.with_code_sums(random_weight(n4, n8, groups, 32, seed)) for n4, n8, _, seed in parts]
+    fused = packing.concatenate(weights)
+    packing.validate(fused, values=True)
+    expected = np.concatenate([packing.dequantize(weight) for weight in weights])
+    np.testing.assert_array_equal(packing.dequantize(fused), expected)
+    again = packing.with_code_sums(fused)
+    np.testing.assert_array_equal(fused.code_sums4, again.code_sums4)
+    np.testing.assert_array_equal(fused.code_sums8, again.code_sums8)
+
+
 def test_concatenate_refuses_different_inputs():
     with pytest.raises(ValueError, match="weight 1 has 128 and 32"):
         packing.concatenate([make_case(1, 4, 64, 32, 0).weight, make_case(1, 4, 128, 32, 0).weight])

@@ -10,6 +10,7 @@ kernel which walks along the groups reads long runs, and one that splits the gro
 from pallas_kernels.packing.conversion import UnpackedWeight, dequantize, pack, unpack
 from pallas_kernels.packing.format import GROUP_SIZES, PackedWeight, unpack_nibbles, validate
 from pallas_kernels.packing.variants import (
+    ALIGNED_ROWS,
     concatenate,
     has_aligned_rows,
     with_8bit_channels,
@@ -18,6 +19,7 @@ from pallas_kernels.packing.variants import (
 )
 
 __all__ = [
+    "ALIGNED_ROWS",
     "GROUP_SIZES",
     "PackedWeight",
     "UnpackedWeight",
