@@ -210,17 +210,32 @@ def test_validate_names_the_field(field: str, value: object, message: str):
         packing.validate(dataclasses.replace(weight, **{field: value}), values=True)
 
 
-def test_pack_refuses_codes_out_of_range():
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("codes4", np.full((1, 32), 16), r"codes4 must lie in 0\.\.15, found 16\.\.16"),
+        ("codes4", np.full((1, 32), -1), r"codes4 must lie in 0\.\.15"),
+        ("codes4", np.full((1, 32), 0.5), "codes4 must be integers, found fractions in float64"),
+        ("codes4", np.full((1, 32), np.nan), "codes4 must be integers"),
+        ("zero_points4", np.full((1, 1), 256 + 7), r"zero_points4 must lie in 0\.\.15, found 263"),  # 7 as a byte
+        ("codes8", np.full((1, 32), 128), r"codes8 must lie in -128\.\.127, found 128"),
+        ("codes8", np.zeros((1, 64), int), "codes8 must be int8"),
+        ("scales4", np.ones((1, 2)), "scales4 must be float16"),
+        ("channel_order", np.zeros(2, int), "permutation"),
+        ("group_size", 24, "multiple of group_size 24"),
+        ("group_size", 0, "positive even number, found 0"),
+    ],
+)
+def test_pack_refuses_what_does_not_fit(field: str, value: object, message: str):
     arrays = {
-        "codes4": np.full((1, 32), 16),
+        "codes4": np.zeros((1, 32), int),
         "scales4": np.ones((1, 1)),
-        "zero_points4": np.zeros((1, 1)),
-        "codes8": np.zeros((0, 32)),
-        "scales8": np.ones((0, 1)),
-        "channel_order": np.arange(1),
+        "zero_points4": np.zeros((1, 1), int),
+        "codes8": np.zeros((1, 32), int),
+        "scales8": np.ones((1, 1)),
+        "channel_order": np.arange(2),
         "group_size": 32,
     }
-    with pytest.raises(ValueError, match=r"0\.\.15"):
-        packing.pack(**arrays)
-    with pytest.raises(ValueError, match="group_size"):
-        packing.pack(**{**arrays, "group_size": 24})
+    packing.pack(**arrays)
+    with pytest.raises(ValueError, match=message):
+        packing.pack(**{**arrays, field: value})

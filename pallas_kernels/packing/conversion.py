@@ -65,10 +65,12 @@ def pack(
                 f"{name} must be [channels, in_features] with in_features a multiple of group_size {group_size}, "
                 f"found shape {tuple(codes.shape)}"
             )
-    if isinstance(codes4, np.ndarray) and codes4.size and (codes4.min() < 0 or codes4.max() > 15):
-        raise ValueError(f"4-bit codes must lie in 0..15, found {codes4.min()}..{codes4.max()}")
-    if isinstance(codes8, np.ndarray) and codes8.size and (codes8.min() < -128 or codes8.max() > 127):
-        raise ValueError(f"8-bit codes must lie in -128..127, found {codes8.min()}..{codes8.max()}")
+    for name, values, lowest, highest in (
+        ("codes4", codes4, 0, 15),
+        ("zero_points4", zero_points4, 0, 15),
+        ("codes8", codes8, -128, 127),
+    ):
+        _check_integers(name, values, lowest, highest)
     num_groups = codes4.shape[1] // group_size
     half = group_size // 2
     grouped4 = codes4.astype(np.uint8).reshape(codes4.shape[0], num_groups, group_size)
@@ -86,6 +88,20 @@ def pack(
         packed = jax.tree_util.tree_map(np.ascontiguousarray, packed)
     validate(packed, values=isinstance(codes4, np.ndarray))
     return packed
+
+
+def _check_integers(name: str, values: Array, lowest: int, highest: int) -> None:
+    """Check NumPy arrays before a conversion to bytes would hide what is wrong with them; JAX arrays may be traced.
+
+    Raises:
+        ValueError: Fractions, or values outside the range.
+    """
+    if not isinstance(values, np.ndarray) or not values.size:
+        return
+    if not np.issubdtype(values.dtype, np.integer) and not np.array_equal(values, np.rint(values)):
+        raise ValueError(f"{name} must be integers, found fractions in {values.dtype}: round them first")
+    if values.min() < lowest or values.max() > highest:
+        raise ValueError(f"{name} must lie in {lowest}..{highest}, found {values.min()}..{values.max()}")
 
 
 def unpack(packed: PackedWeight) -> UnpackedWeight:
