@@ -111,12 +111,15 @@ class RingKernel(abc.ABC):
         """Where a tile's zero points lie."""
         return Slice(self.n4, self.tile_channels, 1)
 
-    def operands(self, activations: QuantizedActivations, weight: PackedWeight) -> dict[str, jax.Array]:
-        """Arrays to copy from, by name.
+    def operands(self, activations: QuantizedActivations | jax.Array, weight: PackedWeight) -> dict[str, jax.Array]:
+        """Arrays to copy from, by name: `codes` are the activations themselves where these are float.
 
         Rows of scales are not always multiples of 16 bytes apart, as the copy engine wants of two axes: it gets one.
         """
-        arrays = {"codes": activations.codes, "token_scales": activations.scales.reshape(-1)}
+        if isinstance(activations, QuantizedActivations):
+            arrays = {"codes": activations.codes, "token_scales": activations.scales.reshape(-1)}
+        else:
+            arrays = {"codes": activations}
         if weight.n4:
             arrays |= {"codes4": weight.codes4, "scales4": weight.scales4.reshape(-1)}
             arrays |= {"zero_points4": weight.zero_points4.reshape(-1)}

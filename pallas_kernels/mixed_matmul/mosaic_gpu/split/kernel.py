@@ -54,7 +54,17 @@ def launch(
 ) -> jax.Array:
     """Quantised linear layer `[tokens, out_features]`; see `pallas_kernels.mixed_matmul.api.mixed_matmul`.
 
-    Float activations `[tokens, in_features]`, not more tokens than a tile has, are quantised in the same launch.
+    Args:
+        activations: Quantised in the signed layout, or float `[tokens, in_features]`, not more tokens than a tile has:
+            then they are quantised in the same launch.
+        weight: `[out_features, in_features]`.
+        bias: Float `[out_features]`, or None.
+        out_dtype: bfloat16, float16 or float32.
+        config: Settings.
+        multiprocessors: Of the device.
+
+    Raises:
+        ValueError: The shared memory does not hold these settings.
     """
     quantizes = not isinstance(activations, QuantizedActivations)
     tokens = activations.tokens if isinstance(activations, QuantizedActivations) else activations.shape[0]
@@ -62,12 +72,7 @@ def launch(
     config = config.fitted(problem, quantizes=quantizes, multiprocessors=multiprocessors)
     sets = config.sets_of_sums(problem, multiprocessors)
     kernel = SplitKernel(tokens, weight.n4, weight.n8, weight.num_groups, weight.group_size, config, sets, quantizes)
-    if isinstance(activations, QuantizedActivations):
-        operands = kernel.operands(activations, weight)
-    else:
-        operands = kernel.operands(QuantizedActivations(activations, activations, weight.group_size), weight)
-        del operands["token_scales"]
-    operands |= kernel.output_operands(weight, bias)
+    operands = kernel.operands(activations, weight) | kernel.output_operands(weight, bias)
     run = plgpu.kernel(
         functools.partial(kernel.body, tuple(operands)),
         out_type=jax.ShapeDtypeStruct((tokens, weight.out_features), out_dtype),

@@ -90,7 +90,7 @@ class UnsignedKernel(PersistentKernel):
         blocks = GROUPS_OF_CORRECTION // self.unroll
         return correction * blocks, jnp.minimum((correction + 1) * blocks, self.num_blocks)
 
-    def operands(self, activations: QuantizedActivations, weight: PackedWeight) -> dict[str, jax.Array]:
+    def operands(self, activations: QuantizedActivations | jax.Array, weight: PackedWeight) -> dict[str, jax.Array]:
         """As in the base class, for activations in the unsigned layout, and the sums of the codes."""
         arrays = super().operands(activations, weight)
         for bits, sums, scales in (
