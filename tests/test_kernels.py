@@ -143,7 +143,15 @@ def test_integer_part_is_exact(implementation: str):
 
 @pytest.mark.skipif(registry.default_platform() != "cpu", reason="a GPU takes the float32 dots of the reference alone")
 @pytest.mark.parametrize(
-    "sizes", [(1, 37, 256, 64, 0.2), (1, 20, 96, 32, 0.0), (2, 33, 384, 128, 1.0), (4, 300, 192, 64, 1.0)], ids=str
+    "sizes",
+    [
+        (1, 37, 256, 64, 0.2),
+        (1, 20, 96, 32, 0.0),
+        (2, 33, 384, 128, 1.0),
+        (4, 300, 192, 64, 1.0),
+        (1, 37, 32 * 70, 32, 0.2),  # more groups than are added up in one step, and no multiple of them
+    ],
+    ids=str,
 )
 def test_the_integer_products_of_a_cpu_are_the_float_ones_to_the_bit(
     sizes: tuple[int, int, int, int, float], monkeypatch: pytest.MonkeyPatch
