@@ -32,7 +32,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import registry
 from pallas_kernels.benchmark_data import bfloat16_array, copies_for, packed_weight
-from pallas_kernels.benchmark_report import HEADER, Ceilings, Row, format_row, plot, write_json
+from pallas_kernels.benchmark_report import HEADER, Ceilings, Row, first_line, format_row, plot, write_json
 from pallas_kernels.device_time import kernel_times, repeats_for
 from pallas_kernels.mixed_matmul.api import OPERATION, quantized_linear
 from pallas_kernels.quantize_activations.api import quantize_activations
@@ -97,12 +97,12 @@ def measure_ceilings() -> Ceilings:
 
 
 def linear(x: jax.Array, weight: Any, implementation: str) -> jax.Array:
-    """(a): what a layer with float input runs."""
+    """(a): what a layer with float input `[tokens, in_features]` runs; the output has its dtype."""
     return quantized_linear(x, weight, out_dtype=x.dtype, implementation=implementation)
 
 
 def bf16_dot(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """(c): the float layer, weight `[out_features, in_features]`."""
+    """(c): the float layer, x `[tokens, in_features]`, weight `[out_features, in_features]`."""
     return jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())))
 
 
@@ -119,9 +119,18 @@ def benchmark_shape(
     ceilings: Ceilings,
     turn: AbstractContextManager[Any],
 ) -> tuple[list[Row], list[str]]:
-    """Measure every case of a shape `(n, k)`, leaving out those that fail; the rows, and lines for the log.
+    """Measure every case of a shape, leaving out those that fail.
 
-    Whatever runs on the device runs within `turn`: other processes may compile meanwhile, but not run.
+    Args:
+        shape: `(out_features, in_features)`.
+        tokens: Numbers of tokens M.
+        shares: Shares of 8-bit channels.
+        implementation: Of the matmul and the quantisation, `auto` or a name from the registry.
+        ceilings: For the floor of each case.
+        turn: Held while anything runs on the device: other processes may compile meanwhile, but not run.
+
+    Returns:
+        The rows, and lines for the log.
     """
     (n, k), rows, log = shape, [], []
     started = time.perf_counter()
@@ -155,7 +164,7 @@ def benchmark_shape(
                 matmul = total if share is None else total_us(times, without="quantize")
             except Exception as error:  # one bad case is no reason to lose the others
                 what = "bf16" if share is None else f"share {share}"
-                log.append(f"FAILED, left out: {n} x {k}, M = {m}, {what}: {str(error).splitlines()[0][:300]}")
+                log.append(f"FAILED, left out: {n} x {k}, M = {m}, {what}: {first_line(error)[:300]}")
                 continue
             if share is None:
                 bf16_us[m] = round(total, 2)
@@ -195,10 +204,22 @@ def benchmark(
     log: Callable[[str], None],
     store: Callable[[Sequence[Row], Ceilings], None],
 ) -> tuple[list[Row], Ceilings]:
-    """Measure every shape; `store` gets all rows so far whenever a shape is done.
+    """Measure every shape.
 
     Several processes trace and compile for different shapes at once, which is most of the time, and take turns at the
     device.
+
+    Args:
+        shapes: `(out_features, in_features)` each.
+        tokens: Numbers of tokens M.
+        shares: Shares of 8-bit channels.
+        implementation: `auto`, or a name from the registry.
+        processes: At once; with one, this process measures.
+        log: Takes lines for the user.
+        store: Takes all rows so far, in the order of the shapes, whenever a shape is done.
+
+    Returns:
+        All rows, and what the device was measured to do.
     """
     ceilings = measure_ceilings()
     log(
@@ -268,7 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
         lambda line: print(line, flush=True),
         store,
     )
-    if options.out:
+    if options.out and rows:
         plot(options.out.with_suffix(".png"), rows)
         print("wrote", options.out)
     expected = len(shapes) * len(options.tokens) * len(options.shares)

@@ -17,7 +17,20 @@ from pallas_kernels import registry
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table; times in microseconds."""
+    """One line of the table; times in microseconds.
+
+    Attributes:
+        m: Tokens.
+        n: Output channels.
+        k: Input channels.
+        share_8bit: Share of 8-bit channels.
+        group_size: Input channels that share a scale.
+        implementation: Of the matmul.
+        quantize_matmul_us: Of quantising the activations and multiplying.
+        matmul_us: Of the matmul alone.
+        bf16_us: Of the bf16 dot.
+        floor_us: The least that the device's measured ceilings allow.
+    """
 
     m: int
     n: int
@@ -65,8 +78,13 @@ def format_row(row: Row) -> str:
     )
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line, or its kind where it says nothing, as many in JAX do."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def write_json(path: Path, rows: Sequence[Row], ceilings: Ceilings) -> None:
-    """The table with the device, versions and ceilings beside it."""
+    """Write the table with the device, versions and ceilings beside it to `path`; a partial file never has its name."""
     document = {
         "command": "python -m pallas_kernels.benchmark " + shlex.join(sys.argv[1:]),
         "device": registry.device_kind(),
@@ -82,7 +100,15 @@ def write_json(path: Path, rows: Sequence[Row], ceilings: Ceilings) -> None:
 
 
 def plot(path: Path, rows: Sequence[Row]) -> None:
-    """Speed-up over M, one panel a shape and one line a share of 8-bit channels (as Figure 5 of the paper)."""
+    """Speed-up over M, one panel a shape and one line a share of 8-bit channels (as Figure 5 of the paper).
+
+    Args:
+        path: Of the image; its suffix is the format.
+        rows: At least one.
+
+    Raises:
+        ImportError: matplotlib is not installed (the extra `plot`).
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -98,7 +124,7 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
             label = f"{share:.0%} 8-bit"
             axis.plot([row.m for row in points], [row.speedup for row in points], marker="o", markersize=3, label=label)
         axis.axhline(1, color="grey", linewidth=0.8)
-        axis.set(xscale="log", title=f"{n} x {k}", xlabel="tokens")
+        axis.set(title=f"{n} x {k}", xlabel="tokens")
         axis.set_xscale("log", base=2)
     for axis in axes[:, 0]:
         axis.set_ylabel("speed-up over bf16")

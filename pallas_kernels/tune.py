@@ -28,6 +28,7 @@ import jaxlib
 from pallas_kernels import registry
 from pallas_kernels.activations import Layout
 from pallas_kernels.benchmark_data import bfloat16_array, copies_for, packed_weight
+from pallas_kernels.benchmark_report import first_line
 from pallas_kernels.device_time import kernel_times, repeats_for
 from pallas_kernels.mixed_matmul import configs, pallas_mosaic_gpu, pallas_triton, tuned_table
 from pallas_kernels.mixed_matmul.mosaic_gpu import config as mosaic_gpu_config
@@ -75,7 +76,7 @@ MATMULS: dict[str, Callable[..., jax.Array]] = {
 
 
 def candidates(implementation: str, tokens: int) -> Iterator[configs.Config | configs.MosaicConfig]:
-    """The configurations to try for a number of tokens."""
+    """The configurations to try for a number of tokens; `implementation` is one of `MATMULS`."""
     if implementation == configs.QUANTIZING:
         yield from mosaic_gpu_split_config.quantizing_candidates(tokens)
         return
@@ -112,7 +113,7 @@ def tune(case: Case, shown: int, timing: contextlib.AbstractContextManager[Any])
         timing: Held while the device is used.
 
     Returns:
-        The fastest, if any compiles, and a report.
+        The fastest, if any runs, and a report: the fastest ones with their microseconds, and why others do not run.
     """
     first, weights = _weights(case.n, case.k, case.group_size, case.share_8bit)
     x = bfloat16_array((case.tokens, case.k), case.tokens)
@@ -131,12 +132,16 @@ def tune(case: Case, shown: int, timing: contextlib.AbstractContextManager[Any])
     rows, lines = [], []
     for layout, config, function in zip(layouts, todo, functions, strict=True):
         if isinstance(function, Exception):
-            lines.append(f"\n  {config}: {str(function).splitlines()[0][:150]}")
+            lines.append(f"\n  {config}: {first_line(function)[:150]}")
             continue
         argument_sets = [(activations[layout], weight) for weight in weights]
-        jax.block_until_ready(function(*argument_sets[0]))  # Mosaic GPU compiles at the first call
-        with timing:
-            times = kernel_times(function, argument_sets, repeats_for(len(weights), EXECUTIONS))
+        try:
+            jax.block_until_ready(function(*argument_sets[0]))  # Mosaic GPU compiles at the first call
+            with timing:
+                times = kernel_times(function, argument_sets, repeats_for(len(weights), EXECUTIONS))
+        except Exception as error:  # the other candidates are still worth their time
+            lines.append(f"\n  {config}: {first_line(error)[:150]}")
+            continue
         rows.append((sum(times.values()), config))
     rows.sort(key=lambda row: row[0])
     lines += [f"\n  {us:.2f} {config}" for us, config in rows[:shown]]
@@ -174,9 +179,19 @@ def _tune_in_worker(case: Case, shown: int) -> tuple[list[configs.Entry], str, s
 
 
 def tune_all(cases: list[Case], workers: int, shown: int, out: Path | None, log: Callable[[str], None]) -> Path | None:
-    """Tune the cases in processes of their own; write the table, `out` or the device's, whenever one is done.
+    """Tune the cases in processes of their own; write the table whenever one is done.
 
-    Returns the table's path, or None where no case gave an entry.
+    A case that fails is logged and left out.
+
+    Args:
+        cases: To tune, in this order.
+        workers: Processes.
+        shown: Configurations of each case to report, from the fastest on.
+        out: File of the table; None: that of the device.
+        log: Takes the report of each case.
+
+    Returns:
+        The table's path, or None where no case gave an entry.
     """
     versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the workers share the device's memory
@@ -188,7 +203,7 @@ def tune_all(cases: list[Case], workers: int, shown: int, out: Path | None, log:
             try:
                 entries, report, device_kind = done.result()
             except Exception as error:  # one bad case is no reason to lose the others
-                log(f"FAILED, left out: {futures[done]}: {str(error).splitlines()[0][:300]}")
+                log(f"FAILED, left out: {futures[done]}: {first_line(error)[:300]}")
                 continue
             log(report)
             if entries:
@@ -235,6 +250,9 @@ def main(arguments: list[str] | None = None) -> int:
             print("tuning needs an NVIDIA GPU that JAX sees", file=sys.stderr)
             return 1
     path = tune_all(cases, options.workers, options.show, options.out, lambda line: print(line, flush=True))
+    if path is None:
+        print("no case has a configuration that runs, see above: no table was written", file=sys.stderr)
+        return 1
     print("wrote", path)
     return 0
 

@@ -1,6 +1,7 @@
 """The tuner off the GPU: which candidate it keeps, and that one that does not compile is no candidate."""
 
 import contextlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,53 @@ def test_the_fastest_candidate_is_kept(monkeypatch: pytest.MonkeyPatch):
     assert (entry.case, entry.config, entry.microseconds) == ((3, 64, 256, 64, 0.25), CANDIDATES[1], 7.0)
     assert all(text in report for text in ("no such tile", "7.00", "8.00"))
     assert "9.00" not in report
+
+
+def test_a_candidate_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch):
+    """As it is compiled, or at its first call, with a message or without."""
+
+    def matmul(activations, weight, bias, *, out_dtype, config):
+        if config.rows == 48:
+            raise NotImplementedError
+        return jnp.zeros(config.rows)
+
+    def kernel_times(function, argument_sets, repeats):
+        [rows] = function(*argument_sets[0]).shape
+        if rows == 32:
+            raise RuntimeError("\nillegal instruction\nat 0x0")
+        return {"matmul": float(rows)}
+
+    monkeypatch.setattr(tune, "MATMULS", {"triton": matmul})
+    monkeypatch.setattr(tune, "candidates", lambda implementation, tokens: iter(CANDIDATES[1:]))
+    monkeypatch.setattr(tune, "kernel_times", kernel_times)
+    monkeypatch.setattr(tune, "copies_for", lambda nbytes: 1)
+    [entry], report = tune.tune(tune.Case("triton", 3, 64, 256, 64, 0.25), 9, contextlib.nullcontext())
+    assert entry.config == CANDIDATES[3]
+    assert f"{CANDIDATES[1]}: illegal instruction\n" in report
+    assert f"{CANDIDATES[2]}: NotImplementedError\n" in report
+
+
+def test_without_a_configuration_that_runs_no_table_is_claimed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    class Pool:
+        """Of a machine with a GPU."""
+
+        def __init__(self, *_):
+            self.submit = lambda *_: types.SimpleNamespace(result=lambda: (9, 0))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+    monkeypatch.setattr(tune, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(tune, "tune_all", lambda *_: None)
+    assert tune.main(["--tokens", "1"]) == 1
+    printed = capsys.readouterr()
+    assert "no table was written" in printed.err
+    assert "wrote" not in printed.out
 
 
 def test_each_candidate_gets_the_layout_that_it_wants(monkeypatch: pytest.MonkeyPatch):
