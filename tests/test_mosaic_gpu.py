@@ -14,6 +14,7 @@ from pallas_kernels.mixed_matmul.mosaic_gpu import config as mosaic_gpu_config
 from pallas_kernels.mixed_matmul.mosaic_gpu.config import MosaicGpuConfig
 from pallas_kernels.mixed_matmul.triton_few_tokens import FewTokensConfig
 from pallas_kernels.mixed_matmul.triton_tiles import Problem
+from pallas_kernels.mixed_matmul.tuned_table import H100
 from pallas_kernels.packing import PackedWeight, has_aligned_rows, with_aligned_rows, with_code_sums
 
 CONFIGS = [
@@ -186,10 +187,10 @@ def test_the_faster_implementation_of_the_nearest_case_comes_first(monkeypatch: 
     )
     monkeypatch.setattr(configs, "read_table", lambda device_kind: entries)
     few, many = (Problem(tokens, 4096, 128, 3686, 410) for tokens in (15, 60))
-    assert configs.by_speed(few, "any") == ("triton", "mosaic_gpu")
-    assert configs.by_speed(many, "any") == ("mosaic_gpu", "triton")
-    assert configs.choose(few, "any", "triton") is triton
-    assert configs.choose(many, "any", "mosaic_gpu") == MosaicGpuConfig(64, parts=1)
+    assert configs.by_speed(few, H100) == ("triton", "mosaic_gpu")
+    assert configs.by_speed(many, H100) == ("mosaic_gpu", "triton")
+    assert configs.choose(few, H100, "triton") is triton
+    assert configs.choose(many, H100, "mosaic_gpu") == MosaicGpuConfig(64, parts=1)
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11 or later, and says so")
