@@ -27,7 +27,15 @@ def _float_pool() -> np.ndarray:
 
 
 def packed_weight(n: int, k: int, group_size: int, share_8bit: float, seed: int) -> PackedWeight:
-    """A random weight, its 8-bit channels spread at random, prepared for the device."""
+    """A random weight, its 8-bit channels spread at random, prepared for the device (`prepare_weight`) and put on it.
+
+    Args:
+        n: Output channels.
+        k: Input channels, a multiple of `group_size`.
+        group_size: Input channels that share a scale.
+        share_8bit: Share of 8-bit channels, 0..1.
+        seed: Of another weight.
+    """
     generator = np.random.default_rng(seed)
     n8 = round(n * share_8bit)
     n4, groups = n - n8, k // group_size
@@ -47,7 +55,7 @@ def packed_weight(n: int, k: int, group_size: int, share_8bit: float, seed: int)
 
 
 def bfloat16_array(shape: tuple[int, ...], seed: int) -> jax.Array:
-    """Normally distributed values."""
+    """Normally distributed bfloat16 values on the device; other seeds give others."""
     return jax.device_put(np.resize(np.roll(_float_pool(), seed * 4099), shape))
 
 

@@ -35,7 +35,15 @@ class LayerCache:
     def zeros(
         cls, batch: int, max_length: int, num_kv_heads: int, head_dim: int, dtype: jax.typing.DTypeLike
     ) -> LayerCache:
-        """An empty cache; every array has memory of its own, so that a jitted step may donate them all."""
+        """An empty cache; every array has memory of its own, so that a jitted step may donate them all.
+
+        Args:
+            batch: Rows.
+            max_length: Positions each row has room for.
+            num_kv_heads: Key and value heads.
+            head_dim: Channels of a head.
+            dtype: A float dtype, or int8 for codes with scales.
+        """
         shape = (batch, max_length, num_kv_heads, head_dim)
         if jnp.dtype(dtype) != jnp.int8:
             return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
@@ -87,7 +95,12 @@ class LayerCache:
         )
 
     def write_first(self, keys: jax.Array, values: jax.Array) -> LayerCache:
-        """`write` to an empty cache, from position 0 of every row on; a slice copy in place of a scatter."""
+        """`write` to an empty cache, from position 0 of every row on; a slice copy in place of a scatter.
+
+        Args:
+            keys: Float `[batch, length, kv_heads, head_dim]`, with `length` at most `max_length`.
+            values: Like `keys`.
+        """
         length = keys.shape[1]
         if not self.quantized:
             return LayerCache(
@@ -142,7 +155,7 @@ class LayerCache:
 
 
 def bytes_per_position(num_kv_heads: int, head_dim: int, dtype: jax.typing.DTypeLike) -> int:
-    """Bytes that one token takes in the cache of one layer."""
+    """Bytes that one token takes in the cache of one layer: key, value, and the scales of an int8 cache."""
     itemsize = np.dtype(dtype).itemsize
     scale_bytes = 4 if np.dtype(dtype) == np.int8 else 0
     return 2 * num_kv_heads * (head_dim * itemsize + scale_bytes)
@@ -157,5 +170,5 @@ def quantize_heads(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def dequantize_heads(codes: jax.Array, scales: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """The inverse of `quantize_heads`, rounded to `dtype`."""
+    """The inverse of `quantize_heads`: int8 `[..., head_dim]` and float32 `[...]` to `dtype`, `[..., head_dim]`."""
     return (codes.astype(jnp.float32) * scales[..., None]).astype(dtype)

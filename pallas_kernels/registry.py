@@ -86,10 +86,18 @@ class Operation:
 
 @functools.cache
 def inference_function(name: str, run: Callable[..., Any], settings: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
-    """`run` under the settings (hashable, by name), refusing gradients; `name` is for the error and for profiles.
+    """`run` under the settings, jitted and refusing gradients.
 
     A jitted function of its own, so that the layers of a model, whose shapes agree, share one trace and one lowering of
     their kernels: that is most of the time before XLA starts.
+
+    Args:
+        name: For the error and for profiles.
+        run: Takes arrays (or pytrees of them) by position and the settings by name.
+        settings: Names and values, hashable.
+
+    Returns:
+        A function of the arrays; it raises NotImplementedError where a gradient is asked for.
     """
 
     # A custom rule, since rounding would otherwise give gradients that are silently zero.

@@ -22,6 +22,9 @@ def masked_attention(
         values: Like `keys`.
         query_positions: int32 `[batch, length]`.
         window: A query at position p sees the slots p - window + 1 .. p; None: 0 .. p.
+
+    Returns:
+        Like `queries`.
     """
     return jax.nn.dot_product_attention(
         queries, keys, values, mask=visible_slots(keys.shape[1], query_positions, window)[:, None]
@@ -29,7 +32,16 @@ def masked_attention(
 
 
 def visible_slots(slots: int, query_positions: jax.Array, window: int | None) -> jax.Array:
-    """Bool `[batch, length, slots]`: which of the slots each query sees."""
+    """Which of the slots each query sees.
+
+    Args:
+        slots: Number of slots; slot j holds position j.
+        query_positions: int32 `[batch, length]`.
+        window: A query at position p sees the slots p - window + 1 .. p; None: 0 .. p.
+
+    Returns:
+        Bool `[batch, length, slots]`.
+    """
     slot = jnp.arange(slots)
     visible = slot <= query_positions[..., None]
     if window is not None:
@@ -47,7 +59,10 @@ def decode_attention(
     window: int | None,
     quantize_group_size: int | None = None,
 ) -> tuple[jax.Array | QuantizedActivations, LayerCache]:
-    """Rotates, writes to the cache, attends to it."""
+    """Rotates, writes to the cache, attends to it.
+
+    Arguments and result are those of the public `decode_attention`, which has checked them.
+    """
     batch, _, head_dim = qkv.shape
     kv_heads = cache.keys.shape[2]
     heads = qkv.shape[1] - 2 * kv_heads

@@ -65,6 +65,9 @@ def mixed_matmul(
         out_dtype: bfloat16, float16 or float32.
         implementation: `auto`, or a name from the registry.
 
+    Returns:
+        `[tokens, out_features]`.
+
     Raises:
         ValueError: Shapes, dtypes or group sizes that do not fit, or an unknown implementation.
         NotImplementedError: The implementation asked for cannot run here, or a gradient is asked for.
@@ -89,12 +92,25 @@ def quantized_linear(
     activation_terms: int = 1,
     implementation: str = "auto",
 ) -> jax.Array:
-    """`mixed_matmul(quantize_activations(x), weight, bias)` for float x `[tokens, in_features]`.
+    """`mixed_matmul(quantize_activations(x), weight, bias)`: for layers whose input no other kernel has quantised.
 
     In one launch where there are few tokens and that is faster, which gives the same codes.
-    For layers whose input no other kernel has quantised already; the errors are those of the two operations. With
-    `activation_terms` x is quantised as a sum of that many int8 terms, two of which hold some 16 bits: see
-    `quantize_activations`.
+
+    Args:
+        x: Float `[tokens, in_features]`.
+        weight: `[out_features, in_features]`, with sums of its codes or without.
+        bias: Float `[out_features]`, or None.
+        out_dtype: bfloat16, float16 or float32.
+        activation_terms: 1 or 2: int8 terms whose sum stands for x, two of which hold some 16 bits; see
+            `quantize_activations`.
+        implementation: Of both operations: `auto`, or a name from the registry.
+
+    Returns:
+        `[tokens, out_features]`.
+
+    Raises:
+        ValueError: Shapes or dtypes that do not fit, another number of terms, or an unknown implementation.
+        NotImplementedError: The implementation asked for cannot run here, or a gradient is asked for.
     """
     validate_input("x", x, weight.group_size)
     packing.validate(weight)

@@ -25,7 +25,13 @@ WARPS_OF_FEW_TOKENS = 16
 
 
 def choose(problem: Problem, device_kind: str, implementation: str = "triton") -> Any:
-    """The implementation's configuration that should be fastest, or what its rule gives where there is no table."""
+    """The implementation's configuration that should be fastest, or what its rule gives where there is no table.
+
+    Args:
+        problem: The sizes of the call.
+        device_kind: As JAX names the device, such as `NVIDIA H100 80GB HBM3`.
+        implementation: `triton` or `mosaic_gpu`.
+    """
     best = _best(problem, device_kind, implementation)
     if best is not None:
         return best.entry.config
@@ -36,6 +42,7 @@ def by_speed(problem: Problem, device_kind: str) -> tuple[str, str]:
     """The GPU implementations, the one that should be faster first.
 
     Without a table, Mosaic GPU comes first from 9 tokens on: its dots of 64 channels then have tokens to work on.
+    Whether either can run on the device is not asked here.
     """
     mosaic, triton = (_best(problem, device_kind, name) for name in ("mosaic_gpu", "triton"))
     if mosaic is not None and triton is not None:
@@ -135,6 +142,11 @@ def waves(config: Config | MosaicConfig, problem: Problem, multiprocessors: int 
 
     Programs of the Triton kernels start whenever one ends, so that a last wave may be partly filled at no loss. Those
     of the Mosaic GPU kernels, which are for Hopper alone, are counted as on an H100.
+
+    Args:
+        config: The kernel's settings.
+        problem: The sizes of the call.
+        multiprocessors: Of the device.
     """
     if isinstance(config, MosaicGpuSplitConfig):
         return config.waves(problem)

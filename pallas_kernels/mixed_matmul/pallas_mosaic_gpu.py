@@ -34,9 +34,10 @@ def mixed_matmul(
     out_dtype: jax.typing.DTypeLike,
     config: MosaicGpuConfig | MosaicGpuSplitConfig | None = None,
 ) -> jax.Array:
-    """The mixed matmul in one launch, for activations in the layout that the settings want; `config` overrides them.
+    """The mixed matmul in one launch, for activations in the layout that the settings want.
 
-    Activations in another layout go through a pass of their own first.
+    Activations in another layout go through a pass of their own first. Arguments and result are those of the public
+    `mixed_matmul`, which has checked them; `config` overrides the tuned choice.
     """
     # Imports slowly, and not everywhere.
     from pallas_kernels.mixed_matmul.mosaic_gpu import persistent
@@ -66,7 +67,11 @@ def quantized_linear(
     out_dtype: jax.typing.DTypeLike,
     config: MosaicGpuQuantizeConfig,
 ) -> jax.Array:
-    """`mixed_matmul` of float `[tokens, in_features]` in one launch, for few tokens; see `quantizing_config`."""
+    """`mixed_matmul` of float `[tokens, in_features]` in one launch, for few tokens.
+
+    The other arguments and the result are those of the public `quantized_linear`, which has checked them; `config` is
+    what `quantizing_config` gives.
+    """
     from pallas_kernels.mixed_matmul.mosaic_gpu.split import kernel  # imports slowly, and not everywhere
 
     return kernel.launch(x, weight, bias, jnp.dtype(out_dtype), config, _multiprocessors())

@@ -22,9 +22,11 @@ def mixed_matmul(
     config: configs.Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """The mixed matmul in one launch; `config` overrides the tuned choice.
+    """The mixed matmul in one launch.
 
-    Activations in the unsigned layout go through a pass of their own first.
+    Activations in the unsigned layout go through a pass of their own first. Arguments and result are those of the
+    public `mixed_matmul`, which has checked them; `config` overrides the tuned choice, and with `interpret` the kernel
+    runs step by step in JAX, for tests on a CPU.
     """
     if config is None:
         problem = problem_of(activations, weight)

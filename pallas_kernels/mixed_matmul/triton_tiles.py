@@ -18,7 +18,15 @@ Refs = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """The static sizes of one call."""
+    """The static sizes of one call.
+
+    Attributes:
+        tokens: M.
+        in_features: K.
+        group_size: Input channels that share a scale.
+        n4: Output channels with 4 bits.
+        n8: Output channels with 8 bits.
+    """
 
     tokens: int
     in_features: int

@@ -46,7 +46,7 @@ class Entry:
         group_size: Input channels that share a scale.
         share_8bit: Share of 8-bit channels.
         config: What was fastest.
-        microseconds: Its device time.
+        microseconds: Its device time; that of quantising is part of it only where the kernel does that itself.
     """
 
     tokens: int
@@ -115,7 +115,17 @@ def _read(path: Path) -> tuple[Entry, ...]:
 
 
 def write_table(device_kind: str, entries: list[Entry], versions: dict[str, str], path: Path | None = None) -> Path:
-    """Write a device's table (or another file), replacing entries of the same cases and implementations in it."""
+    """Write a device's table (or another file), replacing entries of the same cases and implementations in it.
+
+    Args:
+        device_kind: As JAX names the device.
+        entries: The new ones.
+        versions: Of jax and jaxlib, for the reader.
+        path: Another file than the one that is shipped for the device.
+
+    Returns:
+        The file.
+    """
     path = path or table_path(device_kind)
     existing = _read(path) if path.exists() else ()
     by_case = {(entry.case, entry.implementation): entry for entry in (*existing, *entries)}

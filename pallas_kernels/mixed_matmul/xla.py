@@ -156,7 +156,7 @@ def _dots8(codes: jax.Array, weight_codes: jax.Array) -> jax.Array:
 def refuses(
     activations: QuantizedActivations, weight: PackedWeight, bias: jax.Array | None, **settings: object
 ) -> str | None:
-    """Why the float32 dots would not be exact, or None."""
+    """Why the float32 dots would not be exact, or None; the arguments are those of `mixed_matmul`."""
     if weight.group_size > MAX_GROUP_SIZE:
         return f"the float32 dots of the reference are exact up to groups of {MAX_GROUP_SIZE}, not {weight.group_size}"
     return None

@@ -38,6 +38,9 @@ def quantize_activations(
         layout: Of the codes, as `activation_layout` names it for the matmul that takes them.
         implementation: `auto`, or a name from the registry.
 
+    Returns:
+        int8 codes and float32 scales of `terms * tokens` rows.
+
     Raises:
         ValueError: Wrong rank, dtype, group size or number of terms, or an unknown layout or implementation.
         NotImplementedError: The implementation asked for cannot run here, or a gradient is asked for.

@@ -46,7 +46,13 @@ MANY = Config(8, 32, 1)
 
 
 def choose_config(groups: int, group_size: int, many: Config) -> Config:
-    """The settings for a number of groups of all tokens; `many` are those of the operation for many."""
+    """The settings for a number of groups of all tokens.
+
+    Args:
+        groups: Of all tokens.
+        group_size: Channels of a group.
+        many: The operation's settings for `MANY_GROUPS` and more.
+    """
     config = many if groups >= MANY_GROUPS else FEW
     return dataclasses.replace(config, columns=min(group_size, config.columns))
 

@@ -11,7 +11,10 @@ from pallas_kernels.activations import SMALLEST_SCALE, Layout, QuantizedActivati
 def quantize_activations(
     x: jax.Array, *, group_size: int, terms: int = 1, layout: Layout = "signed"
 ) -> QuantizedActivations:
-    """Symmetric int8 quantisation of float `[tokens, features]`, one scale for each token and group."""
+    """Symmetric int8 quantisation of float `[tokens, features]`, one scale for each token and group.
+
+    Arguments and result are those of the public `quantize_activations`, which has checked them.
+    """
     remainder = x.astype(jnp.float32)
     codes, scales = [], []
     for _ in range(terms):

@@ -26,7 +26,7 @@ def rms_norm_quantize(
     layout: Layout = "signed",
     implementation: str = "auto",
 ) -> tuple[QuantizedActivations, jax.Array]:
-    """RMSNorm of `x + residual` and the quantisation of its output, in one launch on the GPU.
+    """RMSNorm (arXiv 1910.07467) of `x + residual` and the quantisation of its output, in one launch on the GPU.
 
     normalised = s / sqrt(mean(s^2) + epsilon) * norm_weight with s = x + residual, all in float32 and quantised without
     rounding to x's dtype in between; only the returned sum is rounded.

@@ -18,7 +18,10 @@ def rms_norm_quantize(
     group_size: int,
     layout: Layout = "signed",
 ) -> tuple[QuantizedActivations, jax.Array]:
-    """RMSNorm of x (+ residual) in float32, quantised; also returns the sum that was normalised, in x's dtype."""
+    """RMSNorm of x (+ residual) in float32, quantised; also returns the sum that was normalised, in x's dtype.
+
+    Arguments and result are those of the public `rms_norm_quantize`, which has checked them.
+    """
     total = x.astype(jnp.float32)
     if residual is not None:
         total = total + residual.astype(jnp.float32)

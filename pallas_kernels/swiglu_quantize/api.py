@@ -21,11 +21,16 @@ def swiglu_quantize(
 ) -> QuantizedActivations:
     """silu(gate) * up, quantised to int8 in groups, in one launch on the GPU.
 
+    The activation (SwiGLU, arXiv 2002.05202) is in float32 and not rounded to the input's dtype in between.
+
     Args:
         gate_up: Float `[tokens, 2 * features]`, the gate in the first half.
         group_size: Channels that share a scale; divides `features`.
         layout: Of the codes, as `activation_layout` names it for the matmul that takes them.
         implementation: `auto`, or a name from the registry.
+
+    Returns:
+        int8 codes and float32 scales of `[tokens, features]`.
 
     Raises:
         ValueError: Wrong rank, dtype, an odd width or a group size that does not divide, or an
