@@ -142,6 +142,7 @@ def test_folder_without_tokenizer(folder, tmp_path, capsys):
         (["nonsense"], "invalid choice: 'nonsense'"),
         (["generate"], "mixllm generate"),
         (["generate", "x", "--prompt", "y", "--no-such-option"], "mixllm generate: error: unrecognized arguments"),
+        (["--no-such-option", "generate", "x", "--prompt", "y"], "mixllm generate: error: unrecognized arguments"),
     ],
 )
 def test_usage_errors_exit_with_2_and_show_the_usage(capsys, command, shown):

@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run_verb(words: list[str]) -> None:
     keep_compiled_programs()
-    parser = build_parser(words[0] if words else "")
+    verb = next((word for word in words if word in VERBS), "")  # an option that is not ours may come before it
+    parser = build_parser(verb)
     if not words:
         parser.print_help(sys.stderr)
         parser.exit(2)
