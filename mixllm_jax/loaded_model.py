@@ -6,18 +6,18 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack, cast, overload
 
 from mixllm_jax.errors import CheckpointError, OptionError
 from mixllm_jax.generation import Engine, PromptCache
 from mixllm_jax.generation.completion import (
-    DEFAULT_MAX_TOKENS,
     Completion,
     GenerationOptions,
     checked_options,
     complete_rows,
+    default_max_tokens,
     only_row,
 )
 from mixllm_jax.generation.streaming import RowText
@@ -126,6 +126,8 @@ class LoadedModel:
         """
         if isinstance(prompts, str):  # a sequence of texts, too, but hardly meant as one
             raise ValueError("complete takes a list of prompts, found a single text: give [text], or use generate")
+        if any(isinstance(prompt, Mapping) for prompt in prompts):
+            raise ValueError("complete takes a list of prompts, found a single conversation: give [conversation]")
         rows = self._start(prompts, options, float("inf"), None)
         while True:
             try:
@@ -159,10 +161,9 @@ class LoadedModel:
         began = time.monotonic()
         stop, sampling = checked_options(options)
         tokens = [self._encode_prompt(prompt, options) for prompt in prompts]
-        room = self.config.max_position_embeddings - max(map(len, tokens), default=0)
         chunks = self.engine.stream(
             tokens,
-            max_tokens=options.get("max_tokens", max(1, min(DEFAULT_MAX_TOKENS, room))),
+            max_tokens=options.get("max_tokens", default_max_tokens(tokens, self.config.max_position_embeddings)),
             sampling=sampling,
             stop_tokens=self.stop_tokens,
             prompt_cache=prompt_cache,

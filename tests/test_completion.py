@@ -175,6 +175,8 @@ def test_conversations_are_answered_in_a_batch(loaded):
         ({"chat": True, "echo": True}, OptionError, "leave out chat or echo"),
         ({"max_tokens": 160}, OptionError, "prompt 1 of 1 has 1 tokens, .* at most 159 new tokens"),
         ({"max_tokens": 0}, OptionError, "max-tokens"),
+        ({"top_k": 1.5}, OptionError, "top-k must be .* found 1.5"),
+        ({"seed": 0.5}, OptionError, "seed must be .* found 0.5"),
     ],
 )
 def test_options_that_cannot_work(loaded, options, error, message):
@@ -194,6 +196,8 @@ def test_without_a_number_of_tokens_the_context_is_used_up(loaded):
 def test_prompts_that_cannot_work(loaded):
     with pytest.raises(ValueError, match="a single text"):
         loaded.complete("x")
+    with pytest.raises(ValueError, match="a single conversation"):
+        loaded.complete([{"role": "user", "content": "x"}])
     with pytest.raises(OptionError, match="no prompt"):
         loaded.complete([])
     with pytest.raises(OptionError, match="prompt 1 of 1 is empty"):

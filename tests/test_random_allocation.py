@@ -155,3 +155,11 @@ def test_random_weights_of_the_command_may_be_realistic(monkeypatch, capsys):
         assert main([*command, *options]) == 0
         texts.add(tuple(capsys.readouterr().out.split()))
     assert len(texts) == 2
+    assert main([*command, "--scheme", "bf16", "--random-allocation", "realistic"]) == 1
+    assert "--scheme bf16 has no 8-bit channels" in capsys.readouterr().err
+
+
+def test_random_weights_without_a_number_of_tokens_use_the_context_up(monkeypatch, capsys):
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+    assert main(["generate", "--random-weights", "tiny", "--prompt", "x" * 250]) == 0
+    assert len(capsys.readouterr().out.split()) == 6

@@ -111,7 +111,7 @@ def _generate_tokens(arguments: argparse.Namespace, prompts: list[str], options:
 
     from mixllm_jax.device import require_kernels
     from mixllm_jax.generation import Engine, SamplingSettings
-    from mixllm_jax.generation.completion import DEFAULT_MAX_TOKENS
+    from mixllm_jax.generation.completion import default_max_tokens
     from mixllm_jax.generation.memory import explain_shortage_of_weights
     from mixllm_jax.loading import compute_dtype
     from mixllm_jax.models.presets import preset
@@ -129,18 +129,21 @@ def _generate_tokens(arguments: argparse.Namespace, prompts: list[str], options:
         embedding_bits=arguments.embedding_bits,
         allocation=arguments.random_allocation or "uniform",
     )
+    if weights.eight_bit_share is None and arguments.random_allocation is not None:
+        raise OptionError("--random-allocation is for quantized weights: --scheme bf16 has no 8-bit channels")
     if weights.eight_bit_share is not None or weights.lm_head_bits == 8:
         require_kernels(fitting_group_size(config), arguments.implementation)
     dtype = compute_dtype(arguments.dtype)
     with explain_shortage_of_weights(arguments.random_weights):
         model = random_decoder(config, weights, dtype=dtype, implementation=arguments.implementation)
         jax.block_until_ready(model)
-    max_tokens = options.pop("max_tokens", DEFAULT_MAX_TOKENS)
+    tokens = [[byte % config.vocab_size for byte in prompt.encode()] for prompt in prompts]
+    max_tokens = options.pop("max_tokens", default_max_tokens(tokens, config.max_position_embeddings))
     stream = Engine(model, kv_bits=arguments.kv_bits).stream(
-        [[byte % config.vocab_size for byte in prompt.encode()] for prompt in prompts],
+        tokens,
         max_tokens=max_tokens,
         sampling=SamplingSettings(**options),
     )
     for chunk in stream:
-        for row, tokens in enumerate(chunk):
-            print(*([f"{row + 1}:"] if len(prompts) > 1 else []), *tokens, flush=True)
+        for row, new in enumerate(chunk):
+            print(*([f"{row + 1}:"] if len(prompts) > 1 else []), *new, flush=True)

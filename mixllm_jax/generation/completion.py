@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import TypedDict, cast
 
 from mixllm_jax.errors import OptionError
@@ -13,7 +13,7 @@ from mixllm_jax.generation.requests import FinishReason
 from mixllm_jax.generation.sampling import SamplingSettings
 from mixllm_jax.generation.streaming import RowText
 
-DEFAULT_MAX_TOKENS = 256
+_DEFAULT_MAX_TOKENS = 256
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -67,6 +67,11 @@ class Completion:
         """Speed of this row after the first token; None where there was no other."""
         seconds = self.seconds - self.first_token_seconds
         return (len(self.tokens) - 1) / seconds if len(self.tokens) > 1 and seconds > 0 else None
+
+
+def default_max_tokens(prompts: Iterable[Sequence[int]], max_length: int) -> int:
+    """How many tokens to generate where nobody says: 256, or what the longest prompt leaves of the context."""
+    return max(1, min(_DEFAULT_MAX_TOKENS, max_length - max(map(len, prompts), default=0)))
 
 
 def checked_options(options: GenerationOptions) -> tuple[tuple[str, ...], SamplingSettings]:

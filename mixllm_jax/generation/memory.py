@@ -174,6 +174,8 @@ def explain_shortage_of_weights(model: str) -> Iterator[None]:
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error of JAX says so: its own allocator, or CUDA where it loads programs or makes graphs."""
     text = str(error)
+    if "hared memory" in text:  # a kernel that asks for more of it than a multiprocessor has is no lack of memory
+        return False
     return any(sign in text for sign in ("RESOURCE_EXHAUSTED", "CUDA_ERROR_OUT_OF_MEMORY", "ALLOC_FAILED"))
 
 

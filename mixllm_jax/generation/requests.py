@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -68,8 +69,8 @@ class Request:
                 for `max_tokens`, no token to generate, or too many stop tokens.
             ValueError: a prompt that is no sequence of token ids.
         """
-        if max_tokens != int(max_tokens) or max_tokens < 1:
-            raise OptionError(f"max-tokens must be a whole number of at least 1, found {max_tokens}")
+        if not isinstance(max_tokens, numbers.Integral) or max_tokens < 1:
+            raise OptionError(f"max-tokens must be a whole number of at least 1, found {max_tokens!r}")
         if len(stop_tokens) > MAX_STOP_TOKENS:
             raise OptionError(f"at most {MAX_STOP_TOKENS} stop tokens are possible, got {len(stop_tokens)}")
         if len(prompts) == 0:

@@ -8,6 +8,7 @@ static.
 from __future__ import annotations
 
 import dataclasses
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -38,12 +39,12 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             raise OptionError(f"temperature must be 0 (greedy) or a positive number, found {self.temperature}")
-        if self.top_k < 0:
-            raise OptionError(f"top-k must be 0 (off) or a positive number of tokens, found {self.top_k}")
+        if not isinstance(self.top_k, numbers.Integral) or self.top_k < 0:
+            raise OptionError(f"top-k must be 0 (off) or a positive number of tokens, found {self.top_k!r}")
         if not 0 < self.top_p <= 1:
             raise OptionError(f"top-p must lie in (0, 1], found {self.top_p}")
-        if not 0 <= self.seed < 2**32:
-            raise OptionError(f"seed must lie in [0, 2**32), found {self.seed}")
+        if not isinstance(self.seed, numbers.Integral) or not 0 <= self.seed < 2**32:
+            raise OptionError(f"seed must be a whole number in [0, 2**32), found {self.seed!r}")
 
 
 @jax.tree_util.register_dataclass
