@@ -1,10 +1,12 @@
 """The page that tells how to replace one piece: its code runs as it stands there, and does what it says."""
 
 import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from tiny_chat_model import save_tiny_chat_model
@@ -154,6 +156,24 @@ def test_functions_that_return_something_else_are_told_so(page, tmp_path) -> Non
         quantize(
             "smollm2", tmp_path / "b", salience="paper", pieces=Pieces(quantize_weight=shifted), **names["settings"]
         )
+
+
+def test_whatever_can_be_called_has_a_name() -> None:
+    class Scaled:
+        def __call__(self, inputs, output_gradient, delta):
+            return delta
+
+    def powered(inputs, output_gradient, delta, exponent, norm):
+        return delta
+
+    here = f"{__name__}.test_whatever_can_be_called_has_a_name.<locals>"
+    partial = functools.partial(powered, exponent=2, norm=round_to_nearest)
+    for score, name in (
+        (Scaled(), f"{here}.Scaled"),
+        (jax.jit(powered), f"{here}.powered"),
+        (partial, f"{here}.powered(exponent=2, norm=mixllm_jax.quantization.rounding.round_to_nearest)"),
+    ):
+        assert Pieces(score=score).replaced() == {"score": name}
 
 
 def test_a_run_is_not_resumed_with_another_function(page, tmp_path) -> None:

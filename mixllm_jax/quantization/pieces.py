@@ -4,6 +4,7 @@ docs/research.md shows each by an example.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -48,7 +49,8 @@ def gptq_weight(weight: jax.Array, hessian: jax.Array, eight_bit: np.ndarray, gr
 class Pieces:
     """What scores, chooses and rounds.
 
-    An unfinished run is resumed by the names of these functions, not by their code: after a change start afresh.
+    An unfinished run is resumed by the names of these functions, not by their code: after a change delete its folder,
+    ``.NAME.partial`` beside the output folder.
 
     Attributes:
         score: salience of each channel for each sequence, traced by JAX: Eq. 4.
@@ -63,7 +65,19 @@ class Pieces:
     def replaced(self) -> dict[str, str]:
         """Names of the functions that are not the method's own, by piece."""
         return {
-            field.name: f"{value.__module__}.{value.__qualname__}"
+            field.name: _name(value)
             for field in dataclasses.fields(self)
             if (value := getattr(self, field.name)) is not field.default
         }
+
+
+def _name(function: Callable[..., object]) -> str:
+    """Module and name; of an object that is called, such as a module with parameters, those of its class."""
+    if isinstance(function, functools.partial):
+        given = [("", value) for value in function.args] + [
+            (f"{key}=", value) for key, value in function.keywords.items()
+        ]
+        settings = (key + (_name(value) if callable(value) else repr(value)) for key, value in given)
+        return f"{_name(function.func)}({', '.join(settings)})"
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
