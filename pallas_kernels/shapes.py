@@ -22,7 +22,7 @@ class LayerShapes:
 def decoder_shapes(
     hidden_size: int, intermediate_size: int, num_heads: int, num_key_value_heads: int, head_dim: int
 ) -> LayerShapes:
-    """The shapes that a Llama-like configuration gives; the parameters are named as in Hugging Face's configurations."""
+    """The shapes that a Llama-like configuration gives; the names are those of Hugging Face."""
     return LayerShapes(
         qkv_proj=((num_heads + 2 * num_key_value_heads) * head_dim, hidden_size),
         o_proj=(hidden_size, num_heads * head_dim),

@@ -120,7 +120,7 @@ def default(problem: Problem) -> MosaicGpuConfig:
 
 
 def waves(num_tiles: int, tile_tokens: int, *, unsigned: bool) -> float:
-    """Tiles that the busiest multiprocessor of an H100 computes one after another; one that is halved counts `HALF_TILE`."""
+    """Tiles that the busiest multiprocessor of an H100 computes one after another; a halved one is `HALF_TILE`."""
     if unsigned and halved_tiles(num_tiles, tile_tokens, MULTIPROCESSORS):
         return num_tiles // MULTIPROCESSORS + HALF_TILE
     return math.ceil(num_tiles / MULTIPROCESSORS)
