@@ -83,6 +83,8 @@ def refuses_triton(group_size: int, elements: int, *, interpret: bool) -> str | 
             return f"it needs an NVIDIA GPU, and JAX's default device is a {registry.default_platform()}"
         if capability < (8, 0):
             return f"it needs int8 tensor cores of compute capability 8.0 or later, this GPU has {capability}"
+    if elements == 0:
+        return "there is nothing to compute"
     if group_size not in GROUP_SIZES:
         return f"it takes groups of {GROUP_SIZES}, not {group_size}"
     if elements >= MAX_ELEMENTS:

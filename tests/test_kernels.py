@@ -26,6 +26,7 @@ from pallas_kernels.mixed_matmul import api as matmul_api
 from pallas_kernels.mixed_matmul import pallas_triton, xla
 from pallas_kernels.mixed_matmul.triton_few_tokens import FewTokensConfig
 from pallas_kernels.mixed_matmul.triton_many_tokens import ManyTokensConfig
+from pallas_kernels.mixed_matmul.tuned_table import H100
 
 gpu = pytest.mark.gpu
 INTERPRETED = pytest.param(
@@ -172,6 +173,21 @@ def test_the_integer_products_of_a_cpu_are_the_float_ones_to_the_bit(
     assert not asked
     np.testing.assert_array_equal(run(4), floats)
     assert asked
+
+
+@pytest.mark.parametrize(("tokens", "n"), [(0, 32), (3, 0)])
+def test_nothing_to_compute_is_left_to_the_reference(tokens: int, n: int, monkeypatch: pytest.MonkeyPatch):
+    """On a GPU too: no kernel is launched for no outputs."""
+    for name, value in (("default_platform", "gpu"), ("device_kind", H100), ("compute_capability", (9, 0))):
+        monkeypatch.setattr(registry, name, lambda value=value: value)
+    weight = make_case(1, 32, 256, 128, 0.5).weight
+    weight = weight if n else jax.tree.map(lambda x: x[:, :0] if x.ndim > 1 else x[:0], weight)
+    activations = QuantizedActivations(np.zeros((tokens, 256), np.int8), np.zeros((2, tokens), np.float32), 128)
+    assert matmul_api.OPERATION.choose("auto", activations, weight, None, out_dtype=jnp.float32) == "xla"
+    assert mixed_matmul(activations, weight, out_dtype="float32").shape == (tokens, n)
+    if tokens == 0:
+        with pytest.warns(UserWarning, match="quantize_activations: no kernel can run .*nothing to compute"):
+            assert quantized_linear(jnp.ones((0, 256)), weight, out_dtype="float32").shape == (0, n)
 
 
 @pytest.mark.parametrize("implementation", MATMULS)

@@ -25,7 +25,12 @@ OUT_DTYPES = ("bfloat16", "float16", "float32")
 def _prefer(
     activations: QuantizedActivations, weight: PackedWeight, bias: jax.Array | None, **settings: object
 ) -> tuple[str, ...]:
-    """The GPU implementations that were written for this device, the one that measured faster on it first."""
+    """The GPU implementations that were written for this device, the one that measured faster on it first.
+
+    None where there is nothing to compute, which no kernel takes.
+    """
+    if 0 in (activations.tokens, weight.out_features):
+        return ()
     by_speed = configs.by_speed(problem_of(activations, weight), registry.device_kind())
     if registry.compute_capability() == pallas_mosaic_gpu.COMPUTE_CAPABILITY:
         return by_speed
