@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="dtype of the stored weights (auto: as in the checkpoint; de-quantised GGUF tensors become float32)",
+        help="dtype of the stored weights (auto: as in the checkpoint; de-quantized GGUF tensors become float32)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it is a model folder already")
 

@@ -97,7 +97,7 @@ def _require_supported(values: Mapping[str, Any]) -> str:
     if quantization := values.get("quantization_config"):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
         raise UnsupportedModelError(
-            f"the checkpoint is already quantised (quant_method {method!r}); start from the float16 or bfloat16 model"
+            f"the checkpoint is already quantized (quant_method {method!r}); start from the float16 or bfloat16 model"
         )
     activation = values.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):

@@ -43,6 +43,6 @@ def require_kernels(group_size: int, implementation: str) -> None:
         )
     if group_size not in GROUP_SIZES:
         raise UnsupportedDeviceError(
-            f"the model is quantised in groups of {group_size}, but the kernels take groups of "
-            f"{', '.join(map(str, GROUP_SIZES))}: quantise it again with one of these, or {remedy}"
+            f"the model is quantized in groups of {group_size}, but the kernels take groups of "
+            f"{', '.join(map(str, GROUP_SIZES))}: quantize it again with one of these, or {remedy}"
         )

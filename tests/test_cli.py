@@ -15,6 +15,7 @@ from tiny_chat_model import byte_tokenizer, reference_model, save_tiny_chat_mode
 
 import mixllm_jax
 from mixllm_jax.cli import main as cli
+from mixllm_jax.cli.main import VERBS
 from mixllm_jax.cli.runner import run_command
 from mixllm_jax.errors import CheckpointError
 from mixllm_jax.models.presets import PRESETS
@@ -150,6 +151,15 @@ def test_usage_errors_exit_with_2_and_show_the_usage(capsys, command, shown):
         cli.main(command)
     assert exit_info.value.code == 2
     assert shown in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_spells_as_the_verbs_do(verb, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([verb, "--help"])
+    shown = capsys.readouterr().out
+    assert f"usage: mixllm {verb}" in shown
+    assert "quantis" not in shown
 
 
 def test_help_imports_no_jax():

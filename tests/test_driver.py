@@ -244,7 +244,7 @@ def test_one_compilation_serves_all_blocks(float_model, tokens, tmp_path) -> Non
 
 def test_bad_input_is_refused_and_nothing_is_lost(float_model, tokens, quantized, tmp_path) -> None:
     before, source = files_of(quantized), files_of(float_model)
-    with pytest.raises(CheckpointError, match="quantised already"):
+    with pytest.raises(CheckpointError, match="quantized already"):
         run(quantized, tmp_path / "twice", tokens, scheme())
     with pytest.raises(OutputExistsError, match="exists already"):
         run(float_model, quantized, tokens, scheme())
@@ -310,7 +310,7 @@ def test_too_small_a_disk_is_found_before_the_work_starts(float_model, tokens, t
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(MixLLMError, match=r"at all blocks need 1\d\d\.\d kB of disk, 1\.0 kB are free.*--samples"):
         run(float_model, tmp_path / "out", tokens, scheme())
-    with pytest.raises(MixLLMError, match=r"the quantised model needs \d\d\.\d kB of disk, 1\.0 kB are free"):
+    with pytest.raises(MixLLMError, match=r"the quantized model needs \d\d\.\d kB of disk, 1\.0 kB are free"):
         run(float_model, tmp_path / "out", None, scheme(eight_bit_share=0.0, method="rtn"))
     assert list(tmp_path.iterdir()) == []
 

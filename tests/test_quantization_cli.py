@@ -60,7 +60,7 @@ def test_quantize_prints_what_it_reached(folder: Path, tmp_path: Path, capsys: p
         (["--samples", "99", "--sequence-length", "32"], "fewer --samples"),
         (["--calibration", "nothing.txt"], "no such file"),
         (["--salience", "nothing"], "no such file"),
-        (["--salience", __file__], r"not the salience file of a quantised model; leave"),
+        (["--salience", __file__], r"not the salience file of a quantized model; leave"),
     ],
 )
 def test_options_that_cannot_work_are_refused_before_anything_is_written(
@@ -143,7 +143,7 @@ def test_accuracy_of_a_quantised_folder_is_refused(
     command = ["quantize", str(folder / "float"), "--out", str(tmp_path / "w4"), "--method", "rtn", "--bits", "4"]
     assert main(command) == 0
     assert main(["accuracy", str(tmp_path / "w4"), "--text", str(folder / "text.txt"), *SMALL]) == 1
-    assert "is quantised already; accuracy needs the float model" in capsys.readouterr().err
+    assert "is quantized already; accuracy needs the float model" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["w4"]
 
 

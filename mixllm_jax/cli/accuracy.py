@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--work",
         type=Path,
         metavar="DIR",
-        help="keeps the quantised models for other rows and for a run that was stopped "
+        help="keeps the quantized models for other rows and for a run that was stopped "
         "(default: MODEL_DIR.accuracy, then removed)",
     )
 
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_output_file(arguments.out, "--out")
     reader = CheckpointReader(arguments.model_dir)
     if reader.kind != "float":
-        raise CheckpointError(f"{reader.path} is quantised already; accuracy needs the float model")
+        raise CheckpointError(f"{reader.path} is quantized already; accuracy needs the float model")
     rows_wanted = ROWS if arguments.bits is None else rows_of_bits(arguments.bits)
     context = reader.config.max_position_embeddings
     samples, length = arguments.samples, arguments.sequence_length
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
     if work.exists() and not work.is_dir():
         raise OptionError(f"--work {work} is not a folder")
     work.mkdir(parents=True, exist_ok=True)
-    quantize_rows(reader, base, calibration, work, rows_wanted, lambda row: print(f"quantising {row}", file=sys.stderr))
+    quantize_rows(reader, base, calibration, work, rows_wanted, lambda row: print(f"quantizing {row}", file=sys.stderr))
     rows = measure_rows(reader, work, rows_wanted, sequences)
     print(format_table(rows))
     if arguments.out is not None:

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--activation-bits", type=int, choices=(8, 16), default=8, help="16 leaves activations float (default: 8)"
     )
     parser.add_argument(
-        "--salience", type=Path, metavar="DIR", help="reuse the scores of this quantised folder (or of a salience.npz)"
+        "--salience", type=Path, metavar="DIR", help="reuse the scores of this quantized folder (or of a salience.npz)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it is a model folder already")
     calibration = parser.add_argument_group("calibration")

@@ -63,7 +63,7 @@ def quantize_checkpoint(
         MixLLMError: activations or the loss are not finite.
     """
     if reader.kind != "float":
-        raise CheckpointError(f"{reader.path} is quantised already; quantize needs the float model")
+        raise CheckpointError(f"{reader.path} is quantized already; quantize needs the float model")
     check_output(reader, out_dir, overwrite=overwrite)
     config = reader.config
     segments = model_segments(config)
@@ -140,7 +140,7 @@ def _check_disk_space(out_dir: Path, model: StreamedModel, scheme: QuantizationS
     free = shutil.disk_usage(folder).free
     partial = out_dir.absolute().with_name(f".{out_dir.name}.partial")
     if free < needed and not partial.exists():  # an unfinished run holds some of it already
-        reason, remedy = "the quantised model needs", ""
+        reason, remedy = "the quantized model needs", ""
         if needed == activations:
             reason = f"the activations of {len(model.tokens)} calibration sequences at all blocks need"
             remedy = ", or fewer or shorter sequences (--samples, --sequence-length)"

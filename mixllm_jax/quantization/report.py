@@ -109,7 +109,7 @@ def format_report(report: QuantizationReport) -> str:
             f"8-bit share          {100 * report.channel_share:.2f} % of the output channels, "
             f"{100 * report.weight_share:.2f} % of the weights",
             f"8-bit channels in %  {shares}",
-            f"quantised linears    {format_size(linears)}, at 16 bits {format_size(linears16)}",
+            f"quantized linears    {format_size(linears)}, at 16 bits {format_size(linears16)}",
             f"whole model          {format_size(whole)}, at 16 bits {format_size(whole16)} ({rest})",
         ]
     )

@@ -55,7 +55,7 @@ class SalienceScores:
         file = path / SALIENCE_FILE if path.is_dir() else path
         if not file.is_file():
             raise CheckpointError(
-                f"{file}: no such file. Salience is saved where a model was quantised to between 4 and 8 bits with "
+                f"{file}: no such file. Salience is saved where a model was quantized to between 4 and 8 bits with "
                 "global or per-layer allocation; without --salience it is computed"
             )
         try:
@@ -68,7 +68,7 @@ class SalienceScores:
                 )
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise CheckpointError(
-                f"{file} is damaged, or not the salience file of a quantised model; leave --salience out to compute it"
+                f"{file} is damaged, or not the salience file of a quantized model; leave --salience out to compute it"
             ) from error
 
     def check_fits(self, model: str, channels: int, group_size: int) -> None:

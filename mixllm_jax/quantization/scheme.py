@@ -111,7 +111,7 @@ def choose_group_size(config: ModelConfig, group_size: int | None) -> int:
     if not fitting:
         raise OptionError(
             f"no group size of {', '.join(map(str, GROUP_SIZES))} divides the input features of all layers ({widths}): "
-            "this model cannot be quantised in this format"
+            "this model cannot be quantized in this format"
         )
     if group_size is None:
         return fitting[0]

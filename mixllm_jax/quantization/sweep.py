@@ -60,7 +60,7 @@ def quantize_blocks(
         if writer.has_part(part):
             progress.skip(_block_cost(scheme.method))
             continue
-        progress.describe(f"quantising block {layer + 1}/{num_layers}")
+        progress.describe(f"quantizing block {layer + 1}/{num_layers}")
         parameters = model.read_layer(layer)
         _check_finite(model, layer, parameters)
         masks = {name: eight_bit[layer, name] for name in LINEAR_NAMES}
