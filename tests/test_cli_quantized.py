@@ -102,7 +102,7 @@ def test_more_bits_are_closer_to_the_float_model(folders, tmp_path, capsys, monk
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 12)
     names = [str(folders / name) for name in ("float", *BITS)]
     command = ["perplexity", *names, "--text", str(tmp_path / "text.txt"), "--sequence-length", "96"]
-    command += ["--json", str(tmp_path / "out.json")]
+    command += ["--out", str(tmp_path / "out.json")]
     monkeypatch.setattr("sys.argv", ["mixllm", *command])
     assert cli.main(command) == 0
     stored = json.loads((tmp_path / "out.json").read_text())

@@ -65,7 +65,7 @@ def test_a_model_is_not_far_from_itself(folder, tmp_path, capsys):
     link = tmp_path / "same"
     link.symlink_to(folder / "first")
     command = ["perplexity", str(folder / "first"), str(link), "--text", str(folder / "text.txt")]
-    assert cli.main([*command, "--sequence-length", "64", "--json", str(tmp_path / "out.json")]) == 0
+    assert cli.main([*command, "--sequence-length", "64", "--out", str(tmp_path / "out.json")]) == 0
     row = json.loads((tmp_path / "out.json").read_text())["rows"][1]
     assert row["kl"] == pytest.approx(0, abs=1e-6)
     assert row["top1_agreement"] == 1
@@ -81,8 +81,8 @@ def test_a_model_is_not_far_from_itself(folder, tmp_path, capsys):
         (["--text", "{text}", "--sequence-length", "1"], "at least 2"),
         (["--text", "{text}", "--samples", "0"], "samples must be at least 1"),
         (["--text", "{text}", "--sequence-length", "200"], "context of .*160"),
-        (["--text", "{text}", "--json", "/no/such/folder/x.json"], "does not exist"),
-        (["--text", "{text}", "--json", "/"], "is a folder"),
+        (["--text", "{text}", "--out", "/no/such/folder/x.json"], "does not exist"),
+        (["--text", "{text}", "--out", "/"], "is a folder"),
     ],
 )
 def test_bad_input(folder, tmp_path, capsys, options, message):
@@ -95,14 +95,14 @@ def test_bad_input(folder, tmp_path, capsys, options, message):
 def test_a_file_that_cannot_be_written_is_found_before_the_work(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)  # permissions do not bind root, who may run the tests
     command = ["perplexity", str(folder / "first"), "--text", str(folder / "text.txt")]
-    assert cli.main([*command, "--json", str(tmp_path / "out.json")]) == 1
+    assert cli.main([*command, "--out", str(tmp_path / "out.json")]) == 1
     assert "out.json cannot be written: no permission" in capsys.readouterr().err
 
 
 def test_without_a_text_and_a_length(folder, tmp_path, capsys):
     """The text of the package, in sequences as long as the context of these models."""
     out = tmp_path / "out.json"
-    assert cli.main(["perplexity", str(folder / "first"), "--samples", "2", "--json", str(out)]) == 0
+    assert cli.main(["perplexity", str(folder / "first"), "--samples", "2", "--out", str(out)]) == 0
     settings = json.loads(out.read_text())["settings"]
     assert (settings["text"], settings["samples"], settings["sequence_length"]) == ("embedded", 2, 160)
 

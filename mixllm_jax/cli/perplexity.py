@@ -36,7 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="tokens of a sequence (default: 1024, or the shortest context of the models)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows and the settings here as well")
+    # `--json` is what it was called when the commands in docs/results were run.
+    parser.add_argument(
+        "--out", "--json", dest="out", type=Path, metavar="FILE", help="write the table here as JSON as well"
+    )
     add_execution_options(parser)
 
 
@@ -45,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
     names = [str(folder) for folder in arguments.folders]
     if len(set(names)) < len(names):
         raise OptionError(f"a model folder is given twice: {', '.join(names)}")
-    check_output_file(arguments.json, "--json")
+    check_output_file(arguments.out, "--out")
     text = embedded_text() if arguments.text is None else read_text(arguments.text, "--text")
 
     from mixllm_jax.checkpoint import CheckpointReader
@@ -66,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
         bits = {"lm_head_bits": model.table_bits.lm_head, "embedding_bits": model.table_bits.embedding}
         rows.append({**vars(result), "bits_per_weight": report["bits_per_weight"] if report else None, **bits})
     print(format_table(rows))
-    if arguments.json is not None:
+    if arguments.out is not None:
         settings: dict[str, Any] = {
             "text": arguments.text.name if arguments.text else "embedded",
             "samples": sequences.shape[0],
@@ -76,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
         }
         command = shlex.join(["mixllm", *sys.argv[1:]])
         content = {"command": command, **environment(), "settings": settings, "rows": rows}
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+        arguments.out.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _measured(loaded: LoadedModel, kv_bits: int) -> Decoder | ThroughInt8Cache:
