@@ -24,10 +24,15 @@ MULTIPROCESSORS = 132
 HALF_TILE = 0.6
 """Time of half a tile's tokens, where a tile takes 1: codes are unpacked all the same."""
 
+MAX_HALVED_WAVES = 8
+"""Where there are more waves, half tiles gain little, and a kernel of three or four kinds of tiles may spill."""
+
 
 def halved_tiles(num_tiles: int, tile_tokens: int, multiprocessors: int) -> int:
     """Tiles of a last wave that would keep at most half of the multiprocessors busy: two take half of each."""
     rest = num_tiles % multiprocessors
+    if num_tiles > MAX_HALVED_WAVES * multiprocessors:
+        return 0
     return rest if 2 * rest <= multiprocessors < num_tiles and tile_tokens // 2 in DOT_TOKENS else 0
 
 
