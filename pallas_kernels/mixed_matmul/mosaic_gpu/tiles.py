@@ -10,23 +10,27 @@ in the next band, so that the tiles of a wave share channels and tokens, which t
                2    ...      10    8          the next band comes back
                3    ...      11    9
 
-8-bit tiles are spread evenly among the 4-bit ones along the channels. Where the last wave would keep at most half of
-the multiprocessors busy, its tiles are halved, if the kernel can: two multiprocessors take half of the tokens each.
+8-bit tiles are spread evenly among the 4-bit ones along the channels. From wave to wave the multiprocessors move on by
+some places, where one would get far more 8-bit tiles than another otherwise. Where the last wave would keep at most
+half of the multiprocessors busy, its tiles are halved, if the kernel can: two multiprocessors take half of the tokens
+each.
 """
 
 from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mixed_matmul.mosaic_gpu import ring
-from pallas_kernels.mixed_matmul.mosaic_gpu.config import MosaicGpuConfig
+from pallas_kernels.mixed_matmul.mosaic_gpu.config import HALF_TILE, MosaicGpuConfig
 from pallas_kernels.mixed_matmul.mosaic_gpu.operands import Index
 
 
@@ -41,6 +45,51 @@ class Tile(ring.Tile):
 
     tokens: int
     first_block: Index
+
+
+def channel_tiles_in_order(token_tiles: int, channel_tiles: int, band: int) -> np.ndarray:
+    """Channel tile of each place of the order, int `[token_tiles * channel_tiles]`."""
+    number, within = np.divmod(np.arange(token_tiles * channel_tiles), band * channel_tiles)
+    channel = within // np.minimum(band, token_tiles - number * band)
+    return np.where(number % 2 == 0, channel, channel_tiles - 1 - channel)
+
+
+@functools.cache
+def balancing_turn(
+    tiles4: int, tiles8: int, token_tiles: int, band: int, halved: int, multiprocessors: int, extra: float
+) -> int:
+    """By how many places a multiprocessor should move on from wave to wave.
+
+    Without, a multiprocessor may get nothing but 8-bit tiles where a number of waves makes a band (4096 channels of 33
+    tiles, 132 multiprocessors).
+
+    Args:
+        tiles4: Tiles of 4-bit channels.
+        tiles8: Tiles of 8-bit channels.
+        token_tiles: Tiles along the tokens.
+        band: Token tiles of a band.
+        halved: Tiles of the last wave that are visited as two halves each.
+        multiprocessors: That compute.
+        extra: Time that an 8-bit tile takes beyond that of a 4-bit one, 1: columns with gaps are slow to store.
+
+    Returns:
+        The turn with which the busiest multiprocessor has the least to do; 0 where none gains 1 %.
+    """
+    channel_tiles = tiles4 + tiles8
+    if not (tiles4 and tiles8) or token_tiles * channel_tiles <= multiprocessors:
+        return 0
+    channel = channel_tiles_in_order(token_tiles, channel_tiles, band)
+    is8 = (channel + 1) * tiles8 // channel_tiles != channel * tiles8 // channel_tiles
+    cost = 1 + extra * is8
+    whole = cost.size - halved
+    cost = np.concatenate([cost[:whole], HALF_TILE * np.repeat(cost[whole:], 2)])
+    wave, place = np.divmod(np.arange(cost.size), multiprocessors)
+
+    def busiest(turn: int) -> float:
+        return float(np.bincount((place - wave * turn) % multiprocessors, cost, multiprocessors).max())
+
+    best = min(range(multiprocessors), key=busiest)
+    return best if busiest(best) < 0.99 * busiest(0) else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +128,10 @@ class TiledKernel(ring.RingKernel, abc.ABC):
         """Tiles at the end that are visited as two halves each."""
         return 0
 
+    def turn(self, multiprocessors: int) -> int:
+        """Places by which a multiprocessor moves on from wave to wave."""
+        return 0
+
     def for_each_tile(self, multiprocessor: Index, multiprocessors: int, visit: Callable[[Tile], None]) -> None:
         """Visit the tiles of this multiprocessor.
 
@@ -111,15 +164,22 @@ class TiledKernel(ring.RingKernel, abc.ABC):
             pl.when(is8)(lambda: visit_kind(True, before))
             pl.when(jnp.logical_not(is8))(lambda: visit_kind(False, channel_tile - before))
 
-        def visit_whole(index: Index, _: None) -> None:
-            visit_place(index * multiprocessors + multiprocessor, index * self.num_blocks, 0, tile_tokens)
-
-        halved = self.halved(multiprocessors)
+        halved, turn = self.halved(multiprocessors), self.turn(multiprocessors)
         whole = self.num_tiles - halved
-        lax.fori_loop(0, lax.div(whole - 1 - multiprocessor, multiprocessors) + 1, visit_whole, None)
+        waves = whole // multiprocessors
+
+        def place_in(wave: Index) -> Index:
+            """Which place of a wave is this multiprocessor's."""
+            return lax.rem(multiprocessor + wave * turn, multiprocessors) if turn else multiprocessor
+
+        def visit_whole(wave: Index, _: None) -> None:
+            visit_place(wave * multiprocessors + place_in(wave), wave * self.num_blocks, 0, tile_tokens)
+
+        last = place_in(waves)
+        lax.fori_loop(0, lax.div(whole - 1 - last, multiprocessors) + 1, visit_whole, None)
         if halved:
 
-            @pl.when(multiprocessor < 2 * halved)
+            @pl.when(last < 2 * halved)
             def _half() -> None:
-                blocks, half = whole // multiprocessors * self.num_blocks, lax.rem(multiprocessor, 2)
-                visit_place(whole + lax.div(multiprocessor, 2), blocks, half * (tile_tokens // 2), tile_tokens // 2)
+                first_block, half = waves * self.num_blocks, lax.rem(last, 2)
+                visit_place(whole + lax.div(last, 2), first_block, half * (tile_tokens // 2), tile_tokens // 2)

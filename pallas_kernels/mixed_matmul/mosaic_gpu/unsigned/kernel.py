@@ -38,7 +38,7 @@ from pallas_kernels.mixed_matmul.mosaic_gpu.columns import fetch_columns
 from pallas_kernels.mixed_matmul.mosaic_gpu.config import CHANNELS_PER_WARPGROUP, halved_tiles
 from pallas_kernels.mixed_matmul.mosaic_gpu.operands import Index, Ref, swizzled
 from pallas_kernels.mixed_matmul.mosaic_gpu.persistent import PersistentKernel
-from pallas_kernels.mixed_matmul.mosaic_gpu.tiles import Tile
+from pallas_kernels.mixed_matmul.mosaic_gpu.tiles import Tile, balancing_turn
 from pallas_kernels.mixed_matmul.mosaic_gpu.unsigned.arithmetic import SCALE_PADDING, ZERO_POINT_PADDING
 from pallas_kernels.mixed_matmul.mosaic_gpu.unsigned.calls import SUMS_BYTES, UnsignedArithmetic
 from pallas_kernels.mixed_matmul.mosaic_gpu.unsigned.hand_over import HandOver
@@ -72,6 +72,13 @@ class UnsignedKernel(PersistentKernel):
     def halved(self, multiprocessors: int) -> int:
         """Tiles at the end that are visited as two halves each."""
         return halved_tiles(self.num_tiles, self.config.tile_tokens, multiprocessors)
+
+    def turn(self, multiprocessors: int) -> int:
+        """Places by which a multiprocessor moves on from wave to wave."""
+        # Measured on an H100: 3.6 us for the store, and 0.02 of 0.515 us for each group.
+        extra = (3.6 + 0.02 * self.num_groups) / (0.515 * self.num_groups + 0.7)
+        tiles = self.tiles4, self.tiles8, self.token_tiles
+        return balancing_turn(*tiles, self.config.band, self.halved(multiprocessors), multiprocessors, extra)
 
     @property
     def hand_over(self) -> HandOver:
