@@ -229,15 +229,35 @@ class _TileLoop:
     first_channel: Index
     arithmetic: UnsignedArithmetic
 
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether a block reads the first codes of the next one.
+
+        With one group a block the assembler would run such dots one instruction at a time.
+        """
+        return self.kernel.unroll > 1
+
     def activations(self, slot: Index) -> Ref:
         """Activations of a stage: those of the tile's own tokens."""
         return self.scratch["activation_ring"].at[slot, pl.ds(0, self.tile.tokens)]
 
-    def wait_and_load(self, slot: Index) -> Any:
-        """Wait for a stage and read its codes, ready for the dot."""
-        plgpu.barrier_wait(self.scratch["full"].at[slot])
+    def load(self, slot: Index) -> Any:
+        """Read the codes of a stage, ready for the dot."""
         channels = pl.ds(self.first_channel, CHANNELS_PER_WARPGROUP)
         return self.arithmetic.load_codes(self.kernel.code_slot(self.scratch, self.tile.is8, slot).at[channels])
+
+    def wait_and_load(self, slot: Index) -> Any:
+        """Wait for a stage and read its codes."""
+        plgpu.barrier_wait(self.scratch["full"].at[slot])
+        return self.load(slot)
+
+    def read_ahead(self, slot: Index, exists: Any) -> Any:
+        """As `wait_and_load`; without such a stage it waits for nothing, and what it reads is not used.
+
+        The read is under no condition: the assembler does not guard the registers of a running dot from one that is.
+        """
+        pl.when(exists)(lambda: plgpu.barrier_wait(self.scratch["full"].at[slot]))
+        return self.load(slot)
 
     def finish(self, dot: Any, codes: Any, total: Any, group: Index, slot: Index) -> Any:
         """Wait for the dot of a group and add it."""
@@ -251,8 +271,8 @@ class _TileLoop:
             self.kernel.token_scales.lead(group),
         )
 
-    def add_block(self, index: Index, carry: tuple[Any, Any], *, is_last: bool) -> tuple[Any, Any]:
-        """Add the groups of a block, and read the codes of the next block's first one.
+    def add_block(self, index: Index, carry: tuple[Any, Any], *, end: Index) -> tuple[Any, Any]:
+        """Add the groups of a block, and read the codes of the next block's first one, where `end` is not next.
 
         In the program a dot starts when the former one has been scaled. The assembler starts it earlier, where its
         codes are loaded, and spreads its instructions among those that scale. All dots are done at the end: the
@@ -261,13 +281,15 @@ class _TileLoop:
         total, codes = carry
         unroll, first_block = self.kernel.unroll, self.tile.first_block
         slots = self.kernel.slots(first_block + index)
+        if codes is None:
+            codes = self.wait_and_load(slots[0])
         dot = self.arithmetic.start(codes, self.activations(slots[0]))
         for offset, slot in enumerate(slots):
-            group, ends = index * unroll + offset, offset == unroll - 1
+            group, ends, next_codes = index * unroll + offset, offset == unroll - 1, None
             if not ends:
                 next_codes = self.wait_and_load(slots[offset + 1])
-            else:
-                next_codes = codes if is_last else self.wait_and_load(self.kernel.slots(first_block + index + 1)[0])
+            elif self.reads_ahead:
+                next_codes = self.read_ahead(self.kernel.slots(first_block + index + 1)[0], index + 1 < end)
             total = self.finish(dot, codes, total, group, slot)
             plgpu.barrier_arrive(self.scratch["empty"].at[slot])
             codes = next_codes
@@ -285,7 +307,6 @@ class _TileLoop:
         total = self.arithmetic.subtract_zero_points(total, sums, channels, self.first_channel)
         plgpu.barrier_arrive(self.scratch["sums_empty"])
         first, end = self.kernel.blocks_of(correction)
-        codes = self.wait_and_load(self.kernel.slots(self.tile.first_block + first)[0])
-        add_block = functools.partial(self.add_block, is_last=False)
-        carry = lax.fori_loop(first, end - 1, add_block, (total, codes))
-        return self.add_block(end - 1, carry, is_last=True)[0]
+        first_slot = self.kernel.slots(self.tile.first_block + first)[0]
+        codes = self.wait_and_load(first_slot) if self.reads_ahead else None
+        return lax.fori_loop(first, end, functools.partial(self.add_block, end=end), (total, codes))[0]
