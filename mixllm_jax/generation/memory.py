@@ -128,47 +128,56 @@ def require_memory(
     )
 
 
-@contextlib.contextmanager
-def explain_shortage(estimate: Callable[[int, int], MemoryEstimate], batch: int, context: int) -> Iterator[None]:
+def explain_shortage(
+    estimate: Callable[[int, int], MemoryEstimate], batch: int, context: int
+) -> contextlib.AbstractContextManager[None]:
     """Where the device runs out of memory within, although the batch should have fitted, says what would fit.
 
     Raises:
         OutOfDeviceMemoryError: In place of JAX's error.
     """
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
+
+    def message() -> str:
         # The estimate was too low, the memory is cut up, or others use it: leave a margin in what is said to fit.
         need = estimate(batch, context)
         has = device_memory()
         fits = _what_fits(estimate, batch, context, int(0.9 * need.peak if has is None else min(0.9 * need.peak, has)))
         of = "" if has is None else f" of the device's {has / GB:.2f} GB"
-        raise OutOfDeviceMemoryError(
+        return (
             f"the device ran out of memory: {batch} rows of {context} positions should need {need}{of}, but other "
             f"arrays or programs may use some of it: {fits}"
-        ) from error
+        )
+
+    return _reporting_shortage(message)
 
 
-@contextlib.contextmanager
-def explain_shortage_of_weights(model: str) -> Iterator[None]:
+def explain_shortage_of_weights(model: str) -> contextlib.AbstractContextManager[None]:
     """Where the device runs out of memory while the weights of `model` are brought to it, says so.
 
     Raises:
         OutOfDeviceMemoryError: In place of JAX's error.
     """
+
+    def message() -> str:
+        has = device_memory()
+        of = "" if has is None else f" of {has / GB:.2f} GB"
+        return (
+            f"the weights of {model} do not fit into the device's memory{of}: quantize the model to fewer bits, or "
+            "free memory that other programs use (mixllm inspect --memory says what a model needs)"
+        )
+
+    return _reporting_shortage(message)
+
+
+@contextlib.contextmanager
+def _reporting_shortage(message: Callable[[], str]) -> Iterator[None]:
+    """Raises an `OutOfDeviceMemoryError` with the message in place of an error of JAX that says so; others pass."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        has = device_memory()
-        of = "" if has is None else f" of {has / GB:.2f} GB"
-        raise OutOfDeviceMemoryError(
-            f"the weights of {model} do not fit into the device's memory{of}: quantize the model to fewer bits, or "
-            "free memory that other programs use (mixllm inspect --memory says what a model needs)"
-        ) from error
+        raise OutOfDeviceMemoryError(message()) from error
 
 
 def is_out_of_memory(error: Exception) -> bool:
