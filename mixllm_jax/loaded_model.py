@@ -159,7 +159,7 @@ class LoadedModel:
     ) -> Generator[list[str], None, list[Completion]]:
         """Checks everything, and returns what does the work."""
         began = time.monotonic()
-        stop, sampling = checked_options(options)
+        stop, sampling = checked_options(options, prompts)
         tokens = [self._encode_prompt(prompt, options) for prompt in prompts]
         chunks = self.engine.stream(
             tokens,
@@ -177,17 +177,12 @@ class LoadedModel:
         return complete_rows(chunks, rows, [len(prompt) for prompt in tokens], began)
 
     def _encode_prompt(self, prompt: Prompt, options: GenerationOptions) -> list[int]:
-        system, chat = options.get("system"), options.get("chat", False) or not isinstance(prompt, str)
-        if chat and options.get("echo", False):
-            raise OptionError("a question under the chat template has no text to begin with: leave out chat or echo")
+        """Tokens of a prompt whose options were checked."""
         if not isinstance(prompt, str):
-            if system is not None:
-                raise OptionError("a conversation holds its own system message: make it the first one")
             return self.encode_chat(prompt)
-        if not chat:
-            if system is not None:
-                raise OptionError("a system message needs the chat template: add --chat (in Python, chat=True).")
+        if not options.get("chat", False):
             return self.encode(prompt)
+        system = options.get("system")
         messages = [] if system is None else [{"role": "system", "content": system}]
         return self.encode_chat([*messages, {"role": "user", "content": prompt}])
 

@@ -14,6 +14,7 @@ import pytest
 from tiny_chat_model import byte_tokenizer, reference_model, save_tiny_chat_model
 
 import mixllm_jax
+from mixllm_jax import loading
 from mixllm_jax.cli import main as cli
 from mixllm_jax.cli.main import VERBS
 from mixllm_jax.cli.runner import run_command
@@ -105,6 +106,24 @@ def test_generate_with_bad_options(folder, capsys, arguments, message):
     assert error.startswith("error: ")
     assert re.search(message, error)
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["generate", "--prompt", "x", "--system", "y"], "add --chat"),
+        (["generate", "--prompt", "x", "--chat", "--echo"], "leave out chat or echo"),
+        (["generate", "--prompt", "x", "--max-tokens", "0"], "max-tokens"),
+        (["chat", "--max-tokens", "0"], "max-tokens"),
+    ],
+)
+def test_options_are_refused_before_the_model_is_loaded(folder, capsys, monkeypatch, command, message):
+    def load(*_, **__):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(loading, "load", load)
+    assert cli.main([*command, folder]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_inspect_a_float_model(folder, capsys):

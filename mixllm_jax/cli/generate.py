@@ -74,7 +74,7 @@ def _generate_text(arguments: argparse.Namespace, prompts: list[str], options: d
 
     own: Any = {name: getattr(arguments, name) for name in ("chat", "system", "stop", "echo")}
     settings: Any = {**options, **own}
-    checked_options(settings)  # complains before a model is loaded
+    checked_options(settings, prompts)  # complains before a model is loaded
     model = load_model(arguments.folder, arguments)
     if len(prompts) == 1:
         completions = [_print_pieces(model.stream(prompts[0], **settings))]

@@ -106,10 +106,14 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, temperature: float,
 def sampling_options(arguments: argparse.Namespace) -> GenerationOptions:
     """What `add_sampling_options` collected, checked, as options of `LoadedModel.generate`."""
     from mixllm_jax.generation import SamplingSettings
+    from mixllm_jax.generation.requests import require_max_tokens
 
     options: Any = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p", "seed")}
     SamplingSettings(**options)  # complains before a model is loaded
-    return options if arguments.max_tokens is None else {**options, "max_tokens": arguments.max_tokens}
+    if arguments.max_tokens is None:
+        return options
+    require_max_tokens(arguments.max_tokens)
+    return {**options, "max_tokens": arguments.max_tokens}
 
 
 def load_model(folder: Path, arguments: argparse.Namespace) -> LoadedModel:

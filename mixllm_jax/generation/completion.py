@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterable, Sequence
 from typing import TypedDict, cast
 
 from mixllm_jax.errors import OptionError
-from mixllm_jax.generation.requests import FinishReason
+from mixllm_jax.generation.requests import FinishReason, require_max_tokens
 from mixllm_jax.generation.sampling import SamplingSettings
 from mixllm_jax.generation.streaming import RowText
 
@@ -74,11 +74,15 @@ def default_max_tokens(prompts: Iterable[Sequence[int]], max_length: int) -> int
     return max(1, min(_DEFAULT_MAX_TOKENS, max_length - max(map(len, prompts), default=0)))
 
 
-def checked_options(options: GenerationOptions) -> tuple[tuple[str, ...], SamplingSettings]:
-    """The stop strings, and the settings of sampling.
+def checked_options(options: GenerationOptions, prompts: Sequence[object]) -> tuple[tuple[str, ...], SamplingSettings]:
+    """The stop strings, and the settings of sampling; needs no model, so that it can complain before one is loaded.
+
+    Args:
+        options: what was asked for.
+        prompts: of what: texts, and conversations, which are anything else.
 
     Raises:
-        OptionError: a value is out of range.
+        OptionError: a value is out of range, or an option is for another kind of prompt.
         TypeError: there is no such option.
     """
     if unknown := options.keys() - GenerationOptions.__annotations__.keys():
@@ -94,7 +98,21 @@ def checked_options(options: GenerationOptions) -> tuple[tuple[str, ...], Sampli
         top_p=options.get("top_p", 1.0),
         seed=options.get("seed", 0),
     )
+    if "max_tokens" in options:
+        require_max_tokens(options["max_tokens"])
+    _check_chat_options(options, prompts)
     return stop, sampling
+
+
+def _check_chat_options(options: GenerationOptions, prompts: Sequence[object]) -> None:
+    chat, system = options.get("chat", False), options.get("system")
+    conversations = not all(isinstance(prompt, str) for prompt in prompts)
+    if options.get("echo", False) and (chat or conversations):
+        raise OptionError("a question under the chat template has no text to begin with: leave out chat or echo")
+    if system is not None and conversations:
+        raise OptionError("a conversation holds its own system message: make it the first one")
+    if system is not None and not chat:
+        raise OptionError("a system message needs the chat template: add --chat (in Python, chat=True).")
 
 
 def complete_rows(

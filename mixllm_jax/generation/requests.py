@@ -69,8 +69,7 @@ class Request:
                 for `max_tokens`, no token to generate, or too many stop tokens.
             ValueError: a prompt that is no sequence of token ids.
         """
-        if not isinstance(max_tokens, numbers.Integral) or max_tokens < 1:
-            raise OptionError(f"max-tokens must be a whole number of at least 1, found {max_tokens!r}")
+        require_max_tokens(max_tokens)
         if len(stop_tokens) > MAX_STOP_TOKENS:
             raise OptionError(f"at most {MAX_STOP_TOKENS} stop tokens are possible, got {len(stop_tokens)}")
         if len(prompts) == 0:
@@ -101,6 +100,12 @@ class Request:
         if tokens and tokens[-1] in self.stop_tokens:
             return Generation(list(tokens[:-1]), "stop")
         return Generation(list(tokens), "length")
+
+
+def require_max_tokens(max_tokens: int) -> None:
+    """Checks the most tokens to generate; `OptionError` where it is no number of at least 1."""
+    if not isinstance(max_tokens, numbers.Integral) or max_tokens < 1:
+        raise OptionError(f"max-tokens must be a whole number of at least 1, found {max_tokens!r}")
 
 
 def _token_ids(prompt: Any, name: str) -> list[int]:
