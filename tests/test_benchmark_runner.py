@@ -111,6 +111,21 @@ def test_float_weights_have_one_name_in_the_results(tmp_path, monkeypatch):
     assert main([*command, "--schemes", ","]) == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["folder", "--schemes", "bf16"], "--schemes is for --random-weights"),
+        (["--random-weights", "llama-3.1-8b", "--schemes", "bf16", "--random-allocation", "realistic"], "realistic"),
+        (["--random-weights", "llama-3.1-8b", "--schemes", "bf16", "--lm-head-bits", "8"], "--lm-head-bits 8"),
+        (["--random-weights", "llama-3.1-8b", "--schemes", "bf16", "--embedding-bits", "8"], "--embedding-bits 8"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(tmp_path, capsys, monkeypatch, options, message):
+    monkeypatch.setattr(runner, "run_plans", lambda *_, **__: pytest.fail("something was measured"))
+    assert main(["benchmark", *options, "--out", str(tmp_path / "out")]) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_a_failed_case_says_so_until_it_is_measured_again(tmp_path):
     plan = Plan("m", "bf16", (64,), (512,), ())
     results = Results(tmp_path / "out.json", runner.header("test"))

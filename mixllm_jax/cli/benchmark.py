@@ -33,9 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--random-weights", metavar="NAME", help="shapes of a known model with random weights, such as llama-3.1-8b"
     )
-    parser.add_argument(
-        "--schemes", default=SCHEMES, metavar="LIST", help=f"formats of random weights (default: {SCHEMES})"
-    )
+    parser.add_argument("--schemes", metavar="LIST", help=f"formats of --random-weights (default: {SCHEMES})")
     add_random_allocation(parser)
     parser.add_argument(
         "--batches", type=_integers, default=(1, 4, 16, 64), metavar="LIST", help="(default: 1,4,16,64)"
@@ -76,6 +74,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     if (arguments.folder is None) == (arguments.random_weights is None):
         raise OptionError("give either a model folder or --random-weights NAME")
+    if arguments.folder is not None and arguments.schemes is not None:
+        raise OptionError(f"--schemes is for --random-weights: {arguments.folder} has its format, leave --schemes out")
     if arguments.folder is not None and arguments.random_allocation is not None:
         raise OptionError(f"--random-allocation is for --random-weights: {arguments.folder} has its own allocation")
     if arguments.compare_transformers:
@@ -118,6 +118,9 @@ def _random_schemes(arguments: argparse.Namespace) -> dict[str, TableBits]:
     """The schemes asked for by the name they have in the results, with the bits of their output head and embedding.
 
     Float weights are what the others are compared with: they stay whole, and have one name, whatever they were called.
+
+    Raises:
+        OptionError: No scheme, an unknown one, or float weights alone with an option that is not for them.
     """
     from mixllm_jax.models.eight_bit_table import choose_bits
     from mixllm_jax.models.presets import preset
@@ -125,11 +128,18 @@ def _random_schemes(arguments: argparse.Namespace) -> dict[str, TableBits]:
 
     tied = preset(arguments.random_weights).tie_word_embeddings
     schemes: dict[str, TableBits] = {}
-    for name in filter(None, arguments.schemes.split(",")):
+    for name in filter(None, (SCHEMES if arguments.schemes is None else arguments.schemes).split(",")):
         if WeightFormat.from_name(name, tied=tied).eight_bit_share is None:
             schemes["bf16"] = choose_bits(None, None, quantized=False, tied=tied)
         else:
             schemes[name] = choose_bits(arguments.lm_head_bits, arguments.embedding_bits, quantized=True, tied=tied)
     if not schemes:
         raise OptionError(f"--schemes needs at least one of bf16 and W4A8 to W8A8, found {arguments.schemes!r}")
+    if [*schemes] == ["bf16"]:
+        for option in ("random_allocation", "lm_head_bits", "embedding_bits"):
+            if getattr(arguments, option) not in (None, 16):
+                raise OptionError(
+                    f"--{option.replace('_', '-')} {getattr(arguments, option)} is for quantized weights: bf16 is "
+                    "measured as it is, without 8-bit channels or tables"
+                )
     return schemes
