@@ -11,7 +11,8 @@ import numpy as np
 from pallas_kernels import unsigned_operands
 
 Layout = Literal["signed", "unsigned"]
-"""How codes lie in memory: int8, or the bytes of `unsigned_operands`, which a kernel for Hopper wants."""
+"""How codes and scales lie in memory: int8 and one after another, or as `unsigned_operands` says, which a kernel for
+Hopper wants."""
 
 SMALLEST_SCALE = 2.0**-126
 """The least normal float32. A smaller scale counts as 0, since its inverse overflows and GPUs flush it anyway."""
@@ -20,18 +21,18 @@ SMALLEST_SCALE = 2.0**-126
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedActivations:
-    """x[m, k] ~ codes[m, k] * scales[k // group_size, m].
+    """x[m, k] ~ codes[m, k] * scales[k // group_size, m], in the signed layout.
 
     Attributes:
         codes: int8 `[tokens, in_features]`, -127..127; in the unsigned layout the same codes as the uint8
             `[tokens, in_features + 128 * ceil(num_groups / 32)]` of `unsigned_operands`.
-        scales: float32 `[num_groups, tokens]`, absmax / 127 of the token's group; 0 (as are the
-            codes) for an all-zero group. Group-major,
-            as the weights' scales are, since kernels walk along the groups.
+        scales: float32 `[num_groups, tokens]`, absmax / 127 of the token's group; 0 (as are the codes) for an all-zero
+            group. Group-major, as the weights' scales are, since kernels walk along the groups. In the unsigned layout
+            `[num_groups, tokens rounded up to a multiple of 16]`, token m at `unsigned_operands.scale_place(m)`.
         group_size: Input channels that share a scale.
         counters: None, or int32 zeros, which quantising kernels write along the way: a matmul that splits K counts its
             finished programs in them, and would otherwise need a launch of its own to clear some.
-        layout: Of the codes.
+        layout: Of codes and scales.
     """
 
     codes: Any
@@ -51,7 +52,7 @@ class QuantizedActivations:
         return int(self.scales.shape[0]) * self.group_size
 
     def in_layout(self, layout: Layout) -> QuantizedActivations:
-        """The same values in another layout: a pass over the codes, which quantising into that layout saves.
+        """The same values in another layout: a pass over them, which quantising into that layout saves.
 
         Raises:
             ValueError: An unsigned layout of groups that it is not for.
@@ -61,9 +62,11 @@ class QuantizedActivations:
         validate_layout(layout, self.group_size)
         if layout == "unsigned":
             codes = unsigned_operands.unsigned_codes(self.codes, self.scales)
+            scales = unsigned_operands.placed_scales(self.scales)
         else:
             codes = unsigned_operands.signed_codes(self.codes, self.in_features)
-        return dataclasses.replace(self, codes=codes, layout=layout)
+            scales = unsigned_operands.scales_of_tokens(self.scales, self.tokens)
+        return dataclasses.replace(self, codes=codes, scales=scales, layout=layout)
 
 
 def validate(activations: QuantizedActivations) -> None:
@@ -81,18 +84,18 @@ def validate(activations: QuantizedActivations) -> None:
                 f"QuantizedActivations.codes in the unsigned layout must be uint8 [tokens, {width}] for scales "
                 f"{list(scales.shape)}, found {codes.dtype} {list(codes.shape)}"
             )
-        num_groups = scales.shape[0]
+        expected = scales.shape[0], unsigned_operands.scale_width(codes.shape[0])
     else:
         if len(codes.shape) != 2 or codes.dtype != np.int8 or codes.shape[1] % group_size:
             raise ValueError(
                 "QuantizedActivations.codes must be int8 [tokens, in_features] with in_features a multiple of the "
                 f"group size {group_size}, found {codes.dtype} {list(codes.shape)}"
             )
-        num_groups = codes.shape[1] // group_size
-    expected = (num_groups, codes.shape[0])
+        expected = codes.shape[1] // group_size, codes.shape[0]
     if tuple(scales.shape) != expected or scales.dtype != np.float32:
         raise ValueError(
-            f"QuantizedActivations.scales must be float32 {list(expected)}, found {scales.dtype} {list(scales.shape)}"
+            f"QuantizedActivations.scales in the {activations.layout} layout must be float32 {list(expected)} for "
+            f"{codes.shape[0]} tokens, found {scales.dtype} {list(scales.shape)}"
         )
 
 

@@ -11,10 +11,17 @@ hi = bfloat16(R) and mid = bfloat16(R - hi), together 16 significant bits. The o
     codes + 128                                          in_features bytes
     for every 32 groups: hi of the 32, mid of the 32     128 bytes, little-endian bfloat16; 0 for groups past the end
 
-The kernels that quantise write it themselves; the functions here are the reference of the layout.
+The scales are as wide as whole sixteens of tokens, 0 where there is no token, and each sixteen is in the order in which
+the threads of the kernel take them, four in a load (`scale_place`; tokens of a sixteen by their place):
+
+    0 1 8 9   2 3 10 11   4 5 12 13   6 7 14 15
+
+The kernels that quantise write all of this themselves; the functions here are the reference of the layout.
 """
 
 from __future__ import annotations
+
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +36,12 @@ GROUPS_OF_CORRECTION = 32
 OFFSET = 128
 """Added to the codes."""
 
+TOKENS_OF_SCALES = 16
+"""Tokens whose scales lie together, in an order of their own."""
+
+Index = TypeVar("Index", int, np.ndarray, jax.Array)
+"""One index or many."""
+
 
 def corrections_of(num_groups: int) -> int:
     """Times that zero points are taken off, each time those of the next 32 groups."""
@@ -40,8 +53,34 @@ def operand_width(in_features: int) -> int:
     return in_features + GROUP_SIZE * corrections_of(in_features // GROUP_SIZE)
 
 
+def scale_width(tokens: int) -> int:
+    """Scales of a group: whole sixteens."""
+    return -(-tokens // TOKENS_OF_SCALES) * TOKENS_OF_SCALES
+
+
+def scale_place(token: Index) -> Index:
+    """Where among the scales of a group that of a token lies.
+
+    Of 16 tokens a thread of `wgmma` has t, t + 1, t + 8 and t + 9, for an even t below 8 (`mosaic_gpu/fragments.py`).
+    """
+    return (token & ~15) | ((token >> 1 & 3) << 2) | ((token >> 3 & 1) << 1) | (token & 1)
+
+
+def placed_scales(scales: jax.Array) -> jax.Array:
+    """Scales `[num_groups, scale_width(tokens)]` of this layout from `[num_groups, tokens]`."""
+    tokens = scales.shape[1]
+    width = scale_width(tokens)
+    token_at = np.argsort(scale_place(np.arange(width)))
+    return jnp.pad(scales, ((0, 0), (0, width - tokens)))[:, token_at]
+
+
+def scales_of_tokens(placed: jax.Array, tokens: int) -> jax.Array:
+    """The inverse of `placed_scales`."""
+    return placed[:, scale_place(np.arange(tokens))]
+
+
 def unsigned_codes(codes: jax.Array, scales: jax.Array) -> jax.Array:
-    """The operand, uint8 `[tokens, operand_width]`, of the codes and scales of `QuantizedActivations`."""
+    """The operand, uint8 `[tokens, operand_width]`, of the codes and scales of the signed layout."""
     tokens, in_features = codes.shape
     groups = in_features // GROUP_SIZE
     corrections = corrections_of(groups)

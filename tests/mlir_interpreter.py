@@ -226,7 +226,7 @@ SIMPLE: dict[str, Callable[..., Any]] = {
     "math.fma": lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32),
     "arith.shli": lambda a, b: (a.astype(np.uint32) << b.astype(np.uint32)).astype(np.int32),
     "arith.select": np.where,
-    **dict.fromkeys(("arith.extsi", "arith.index_cast", "arith.truncf", "arith.extf"), lambda a: a),
+    **dict.fromkeys(("arith.extsi", "arith.extui", "arith.index_cast", "arith.truncf", "arith.extf"), lambda a: a),
     **dict.fromkeys(("llvm.ptrtoint", "llvm.inttoptr", "llvm.addrspacecast"), lambda a: a),
     "arith.trunci": lambda a: a & 0xFFFF,
     "nvvm.barrier": lambda *_: None,

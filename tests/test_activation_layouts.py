@@ -42,7 +42,7 @@ INTERPRETED = pytest.param(
     "triton_interpret",
     marks=pytest.mark.skipif(registry.default_platform() != "cpu", reason="interpret mode is for a CPU"),
 )
-SMALL_SIZES = [(1, 128), (3, 384), (2, 33 * 128)]
+SMALL_SIZES = [(1, 128), (3, 384), (2, 33 * 128), (32, 256), (23, 128)]
 RUNS = [
     *(pytest.param("xla", sizes) for sizes in SMALL_SIZES),
     *(pytest.param("triton_interpret", sizes, marks=INTERPRETED.marks) for sizes in SMALL_SIZES),
@@ -60,6 +60,27 @@ def _rms_norm(x: jax.Array, **settings: object) -> QuantizedActivations:
 
 def _swiglu(x: jax.Array, **settings: object) -> QuantizedActivations:
     return swiglu_quantize(jnp.concatenate([x, x[::-1]], axis=1), 128, **settings)
+
+
+SCALE_ORDER = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
+"""Tokens of a sixteen by the place of their scales, as the documentation of the layout has it."""
+
+
+def placed(scales: np.ndarray) -> np.ndarray:
+    """Scales in the unsigned layout, place by place, from those in the order of the tokens."""
+    groups, tokens = scales.shape
+    found = np.zeros((groups, -(-tokens // 16) * 16), np.float32)
+    for place in range(found.shape[1]):
+        token = place // 16 * 16 + SCALE_ORDER[place % 16]
+        if token < tokens:
+            found[:, place] = scales[:, token]
+    return found
+
+
+def in_order_of_tokens(scales: jax.Array, tokens: int) -> np.ndarray:
+    """The inverse of `placed`."""
+    places = [token // 16 * 16 + SCALE_ORDER.index(token % 16) for token in range(tokens)]
+    return np.asarray(scales)[:, places]
 
 
 def operand(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
@@ -102,11 +123,11 @@ def test_quantizers_write_the_unsigned_layout(
     assert (signed.layout, unsigned.layout) == ("signed", "unsigned")
     assert unsigned.in_features == signed.in_features == sizes[1]
     activations.validate(unsigned)
-    np.testing.assert_allclose(unsigned.scales, signed.scales, rtol=1e-6)
+    np.testing.assert_allclose(unsigned.scales, placed(np.asarray(signed.scales)), rtol=1e-6)
     codes = (np.asarray(unsigned.codes)[:, : sizes[1]].astype(np.int16) - 128).astype(np.int8)
     assert np.abs(codes.astype(int) - np.asarray(signed.codes)).max() <= (1 if operation is _rms_norm else 0)
     assert np.mean(codes != np.asarray(signed.codes)) < 1e-3
-    np.testing.assert_array_equal(unsigned.codes, operand(codes, np.asarray(unsigned.scales)))
+    np.testing.assert_array_equal(unsigned.codes, operand(codes, in_order_of_tokens(unsigned.scales, sizes[0])))
 
 
 @pytest.mark.parametrize("interpret", [pytest.param(True, marks=INTERPRETED.marks), pytest.param(False, marks=gpu)])
@@ -144,19 +165,23 @@ def test_unsigned_codes_against_float64(implementation: str):
     groups = x.astype(np.float64).reshape(5, 4, 128)
     scales = np.abs(groups).max(-1) / 127
     quotients = (groups / np.where(scales > 0, scales, 1)[..., None]).reshape(5, 512)
-    np.testing.assert_allclose(found.scales, scales.T, rtol=2e-7)
+    np.testing.assert_allclose(found.scales, placed(scales.T), rtol=2e-7)
     assert np.abs(np.asarray(found.codes)[:, :512].astype(np.float64) - 128 - quotients).max() < 0.50003
 
 
 @pytest.mark.parametrize("jit", [False, True])
-def test_there_and_back(jit: bool):
+@pytest.mark.parametrize("tokens", [3, 16, 37])
+def test_there_and_back(jit: bool, tokens: int):
     """Under `jit` too, where XLA may leave out conversions that only round."""
-    before = jax.tree.map(jnp.asarray, make_case(4, 3, 33 * 128, 128, 0.5).activations)
+    before = jax.tree.map(jnp.asarray, make_case(tokens, 3, 33 * 128, 128, 0.5).activations)
     wrap = jax.jit if jit else lambda function: function
     between = wrap(lambda x: x.in_layout("unsigned"))(before)
+    activations.validate(between)
     np.testing.assert_array_equal(between.codes, operand(np.asarray(before.codes), np.asarray(before.scales)))
+    np.testing.assert_array_equal(between.scales, placed(np.asarray(before.scales)))
     after = wrap(lambda x: x.in_layout("signed"))(between)
     np.testing.assert_array_equal(after.codes, before.codes)
+    np.testing.assert_array_equal(after.scales, before.scales)
     assert after.layout == before.layout == "signed"
     assert before.in_layout("signed") is before
     assert between.in_layout("unsigned") is between
@@ -164,7 +189,7 @@ def test_there_and_back(jit: bool):
 
 @pytest.mark.parametrize("implementation", ["xla", INTERPRETED, pytest.param("triton", marks=gpu)])
 def test_other_matmuls_take_unsigned_activations(implementation: str):
-    case = make_case(9, 33, 384, 128, 0.3, bias=True)
+    case = make_case(19, 33, 384, 128, 0.3, bias=True)
     x, weight, bias = jax.tree.map(jnp.asarray, (case.activations, case.weight, case.bias))
     out = mixed_matmul(x.in_layout("unsigned"), weight, bias, out_dtype="float32", implementation=implementation)
     assert relative_error(out, case.expected) < 1e-6
@@ -197,6 +222,11 @@ def test_layouts_that_do_not_exist_are_refused():
         wrong = QuantizedActivations(codes, x.scales, 128, layout="unsigned")
         with pytest.raises(ValueError, match=r"unsigned layout must be uint8 \[tokens, 384\]"):
             mixed_matmul(wrong, weight, out_dtype="float32")
+    wrong = QuantizedActivations(x.in_layout("unsigned").codes, x.scales, 128, layout="unsigned")
+    with pytest.raises(
+        ValueError, match=r"scales in the unsigned layout must be float32 \[2, 16\] for 2 tokens, found"
+    ):
+        mixed_matmul(wrong, weight, out_dtype="float32")
 
 
 def abstract_weight(n: int, k: int, *, group_size: int = 128, sums: bool = True) -> PackedWeight:

@@ -47,6 +47,14 @@ def test_settings_that_the_kernel_cannot_take_are_refused():
         MosaicGpuConfig(compute_warpgroups=3)
     with pytest.raises(ValueError, match="with unsigned operands parts must be 1"):
         MosaicGpuConfig(unsigned=True)
+    with pytest.raises(ValueError, match="tile_tokens a multiple of 16"):
+        MosaicGpuConfig(24, parts=1, unsigned=True)
+
+
+@pytest.mark.parametrize(("tile_tokens", "halves"), [(128, True), (96, True), (80, False), (48, False), (16, False)])
+def test_half_tiles_are_dots_of_whole_sixteens(tile_tokens: int, halves: bool):
+    assert mosaic_gpu_config.can_halve(tile_tokens) == halves
+    assert (mosaic_gpu_config.halved_tiles(15, tile_tokens, 12) > 0) == halves
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel needs JAX 0.11 or later, and says so")
@@ -223,7 +231,7 @@ def test_lowers_without_a_gpu(config: MosaicGpuConfig, sizes: tuple[int, int, in
         (257, 304, 4480, 128, 0.3),
         (65, 96, 2048, 128, 0.0),
         (11, 80, 640, 128, 0.2),
-        (130, 80, 256, 128, 1.0),
+        (144, 80, 256, 128, 1.0),
     ],
     ids=str,
 )

@@ -1,7 +1,8 @@
-"""The way out of a finished tile of the Hopper kernels, on a CPU: every element stored once, where it belongs.
+"""What threads of the Hopper kernels do with dots and finished tiles, on a CPU.
 
-The code that the kernels emit for the threads is interpreted (`mlir_interpreter`); fragments are filled, and outputs
-expected, by the formulas of the PTX ISA and of the packed format.
+A dot is added with the scales of its channels and tokens; every element is stored once, where it belongs. The code that
+the kernels emit for the threads is interpreted (`mlir_interpreter`); fragments are filled, and outputs expected, by the
+formulas of the PTX ISA and of the packed format.
 """
 
 from __future__ import annotations
@@ -229,7 +230,7 @@ def test_signed_kernel(
     emitter = Emitter(128 * warpgroups, arrays_of(part, columns=256 * warpgroups, shared=words))
 
     def emit(refs: dict[str, Any], values: list[Any]) -> None:
-        total = fragments.fragment(values, like=fragments.zero_total(tokens))
+        total = fragments.fragment(values, tokens)
         columns.fetch_columns(refs["order"], refs["columns"], Scalar(refs["first_row"]), part.rows, part.order_start)
         to = Destination(refs["out"], refs["first_row"], refs["first_token"], part.rows, tokens)
         store.store_tile(total, to, refs["columns"], refs.get("bias"), refs["shared"])
@@ -253,7 +254,7 @@ def test_unsigned_kernel(tokens: int, dtype: str, order: str, others: dict[str, 
     for piece in range(how.pieces):
 
         def stage(refs: dict[str, Any], values: list[Any], piece: int = piece) -> None:
-            total = fragments.fragment(values, like=fragments.zero_total(tokens))
+            total = fragments.fragment(values, tokens)
             bias = [refs["columns"], refs["bias"]] if part.bias is not None else []
             if bias:
                 first_row = Scalar(refs["first_row"])
@@ -267,6 +268,52 @@ def test_unsigned_kernel(tokens: int, dtype: str, order: str, others: dict[str, 
         emitter.run(stage, scalars, part.registers())
         emitter.run(bring, scalars, [], mask=np.arange(128) >= 32)
     part.check(*emitter.memory.get("out"))
+
+
+@pytest.mark.parametrize("tokens", [16, 48, 128])
+def test_dots_of_unsigned_operands_are_scaled_by_the_channels_and_tokens_they_belong_to(tokens: int):
+    """Scales of tokens in the layout that the quantisers write."""
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm
+
+    from pallas_kernels.mixed_matmul.mosaic_gpu import fragments, mlir
+    from pallas_kernels.mixed_matmul.mosaic_gpu.unsigned import arithmetic
+    from pallas_kernels.unsigned_operands import placed_scales
+
+    rng = np.random.default_rng(tokens)
+    dots = rng.integers(0, 2**23, (64, tokens), dtype=np.int32)
+    totals = rng.standard_normal((64, tokens)).astype(np.float32)
+    of_channels = rng.uniform(0.001, 0.01, 80).astype(np.float16)
+    code_sums = rng.integers(0, 2**15, 80, dtype=np.uint16)
+    of_tokens = rng.uniform(0.001, 0.1, tokens).astype(np.float32)
+    parts = [make_part(tokens, "float32", "in order") for _ in range(2)]
+    parts[0].values, parts[1].values = totals, dots.view(np.float32)
+    shared = {
+        "scales": of_channels,
+        "code_sums": code_sums,
+        "token_scales": np.asarray(placed_scales(jax.numpy.asarray(of_tokens[None])))[0],
+        "found": np.zeros(64 * tokens, np.float32),
+    }
+    emitter = Emitter(128, shared)
+
+    def emit(refs: dict[str, Any], values: list[Any]) -> None:
+        i32 = ir.IntegerType.get_signless(32)
+        half = len(values) // 2
+        total = fragments.fragment(values[:half], tokens)
+        dot = fragments.fragment((arith.bitcast(i32, value) for value in values[half:]), tokens, is_signed=True)
+        channels = arithmetic.load_channel_scales(refs["scales"], refs["code_sums"], mlir.i32_constant(16))
+        total = arithmetic.unscaled(arithmetic.add_scaled(total, dot, channels, refs["token_scales"]))
+        for number, value in enumerate(fragments.elements(total)):
+            place = arith.addi(utils.thread_idx(), mlir.i32_constant(128 * number))
+            llvm.store(value, mlir.at(utils.memref_ptr(refs["found"]), place, value.type))
+
+    registers = [register * arithmetic.TOTAL_SCALE for register in parts[0].registers()] + parts[1].registers()
+    emitter.run(emit, {}, registers)
+    scale = of_channels[16:].astype(np.float64)[:, None] * of_tokens
+    parts[0].values = totals + (dots - 128.0 * code_sums[16:][:, None]) * scale
+    found = emitter.memory.get("found")[0].reshape(len(registers) // 2, 128)
+    np.testing.assert_allclose(found, np.stack(parts[0].registers()), rtol=1e-5, atol=1e-2)
 
 
 @pytest.mark.parametrize("splits", [1, 3])
@@ -285,14 +332,14 @@ def test_splitting_kernel(tokens: int, dtype: str, order: str, others: dict[str,
     for number in range(splits - 1):
 
         def push(refs: dict[str, Any], values: list[Any]) -> None:
-            total = fragments.fragment(values, like=fragments.zero_total(tokens))
+            total = fragments.fragment(values, tokens)
             sums.push_sums(total, refs["sums"], Scalar(refs["first"]), remote=number == 0)  # noqa: B023
 
         registers = [values * shares[number + 1] for values in part.registers()]
         emitter.run(push, {"first": number * size}, registers)
 
     def finish(refs: dict[str, Any], values: list[Any]) -> None:
-        total = fragments.fragment(values, like=fragments.zero_total(tokens))
+        total = fragments.fragment(values, tokens)
         first_row, first_token = Scalar(refs["first_row"]), Scalar(refs["first_token"])
         store.fetch_columns(refs["order"], refs["columns"], first_row, part.rows, part.order_start)
         firsts = [Scalar(refs[f"first{number}"]) for number in range(splits - 1)]

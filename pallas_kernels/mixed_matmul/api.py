@@ -64,7 +64,7 @@ def mixed_matmul(
 
     Args:
         activations: Of `[tokens, in_features]`, quantised with the weight's group size, best in the layout that
-            `activation_layout` names: any other is brought into it by a pass over the codes.
+            `activation_layout` names: any other is brought into it by a pass over them.
         weight: `[out_features, in_features]`, with sums of its codes or without.
         bias: Float `[out_features]`, or None.
         out_dtype: bfloat16, float16 or float32.

@@ -43,8 +43,8 @@ def mixed_matmul(
         `[tokens, out_features]`.
     """
     tokens, group_size = activations.tokens, weight.group_size
-    codes = activations.in_layout("signed").codes
-    group_codes = codes.reshape(tokens, weight.num_groups, group_size).transpose(1, 0, 2)
+    activations = activations.in_layout("signed")
+    group_codes = activations.codes.reshape(tokens, weight.num_groups, group_size).transpose(1, 0, 2)
     arguments = group_codes, activations.scales, weight
     # The codes of several tokens would be quantised anew for each strip of 4-bit codes.
     if tokens <= (1 if weight.n4 else FEW_TOKENS) and group_size // 2 % STRIP == 0:

@@ -35,11 +35,11 @@ def quantize_activations(
         x: Float `[tokens, features]`.
         group_size: Channels that share a scale; divides `features`.
         terms: Whose sum stands for x.
-        layout: Of the codes, as `activation_layout` names it for the matmul that takes them.
+        layout: Of codes and scales, as `activation_layout` names it for the matmul that takes them.
         implementation: `auto`, or a name from the registry.
 
     Returns:
-        int8 codes and float32 scales of `terms * tokens` rows.
+        Codes and scales of `terms * tokens` rows.
 
     Raises:
         ValueError: Wrong rank, dtype, group size or number of terms, or an unknown layout or implementation.

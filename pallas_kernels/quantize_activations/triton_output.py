@@ -1,4 +1,4 @@
-"""What every Triton kernel that quantises whole groups writes, in either layout of the codes."""
+"""What every Triton kernel that quantises whole groups writes, in either layout of codes and scales."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class QuantizedOutput:
         tokens: Rows of the activations.
         features: Input channels.
         group_size: Channels that share a scale.
-        layout: Of the codes.
+        layout: Of codes and scales.
         columns: Of a group in one chunk. A kernel has its values as `[chunks, groups, columns / RUN, RUN]`, where the
             threads divide the two axes in the middle among them: with fewer columns a thread has more of a group, and
             less of its instructions are spent on what there is once for each group.
@@ -81,13 +81,18 @@ class QuantizedOutput:
         """Bytes of the codes of a token, and what lies behind them."""
         return self.features if self.layout == "signed" else unsigned_operands.operand_width(self.features)
 
+    @property
+    def scale_width(self) -> int:
+        """Scales of a group: one a token, and some of none where the layout has such."""
+        return self.tokens if self.layout == "signed" else unsigned_operands.scale_width(self.tokens)
+
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Of the outputs."""
         shapes = {
             "codes": jax.ShapeDtypeStruct(
                 (self.tokens * self.width,), jnp.int8 if self.layout == "signed" else jnp.uint8
             ),
-            "scales": jax.ShapeDtypeStruct((self.num_groups * self.tokens,), jnp.float32),
+            "scales": jax.ShapeDtypeStruct((self.num_groups * self.scale_width,), jnp.float32),
         }
         if counters := counters_shape(self.tokens):
             [shapes["counters"]] = counters
@@ -115,10 +120,19 @@ class QuantizedOutput:
         exists = (token < self.tokens) & (group < self.num_groups)
         place = token * self.width + group * self.group_size + self.channels
         plgpu.store(refs["codes"].at[place], codes.astype(refs["codes"].dtype), mask=exists)
-        # What is left out points past the output, see `store_tile` of the matmul.
-        place = jnp.where(exists, group * self.tokens + token, self.tokens * self.num_groups)
-        plgpu.store(refs["scales"].at[place], scales, mask=exists)
+        self._store_scales(refs["scales"], scales, token, group, exists)
         return values - (codes - offset).astype(jnp.float32) * scales
+
+    def _store_scales(self, ref: Any, scales: jax.Array, token: jax.Array, group: jax.Array, exists: jax.Array) -> None:
+        """Store scales `[1, groups, 1, 1]`, and behind those of the last token the zeros of no token."""
+        end = self.num_groups * self.scale_width  # what is left out points there, see `store_tile` of the matmul
+        place = token if self.layout == "signed" else unsigned_operands.scale_place(token)
+        plgpu.store(ref.at[jnp.where(exists, group * self.scale_width + place, end)], scales, mask=exists)
+        if self.scale_width > self.tokens:
+            beyond = self.tokens + iota(unsigned_operands.TOKENS_OF_SCALES, 3)
+            exists = exists & (token == self.tokens - 1) & (beyond < self.scale_width)
+            place = group * self.scale_width + unsigned_operands.scale_place(beyond)
+            plgpu.store(ref.at[jnp.where(exists, place, end)], jnp.zeros(exists.shape, scales.dtype), mask=exists)
 
     def _store_corrections(
         self, ref: Any, sums: jax.Array, scales: jax.Array, token: jax.Array, group: jax.Array
@@ -139,7 +153,7 @@ class QuantizedOutput:
         """What was stored."""
         return QuantizedActivations(
             codes=out["codes"].reshape(self.tokens, self.width),
-            scales=out["scales"].reshape(self.num_groups, self.tokens),
+            scales=out["scales"].reshape(self.num_groups, self.scale_width),
             group_size=self.group_size,
             counters=out.get("counters"),
             layout=self.layout,

@@ -37,7 +37,7 @@ def rms_norm_quantize(
         epsilon: Added to the mean square.
         group_size: Channels that share a scale; divides `features`.
         residual: Like `x`, added before the norm; None adds nothing.
-        layout: Of the codes, as `activation_layout` names it for the matmul that takes them.
+        layout: Of codes and scales, as `activation_layout` names it for the matmul that takes them.
         implementation: `auto`, or a name from the registry.
 
     Returns:

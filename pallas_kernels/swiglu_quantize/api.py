@@ -26,11 +26,11 @@ def swiglu_quantize(
     Args:
         gate_up: Float `[tokens, 2 * features]`, the gate in the first half.
         group_size: Channels that share a scale; divides `features`.
-        layout: Of the codes, as `activation_layout` names it for the matmul that takes them.
+        layout: Of codes and scales, as `activation_layout` names it for the matmul that takes them.
         implementation: `auto`, or a name from the registry.
 
     Returns:
-        int8 codes and float32 scales of `[tokens, features]`.
+        Codes and scales of `[tokens, features]`.
 
     Raises:
         ValueError: Wrong rank, dtype, an odd width or a group size that does not divide, or an

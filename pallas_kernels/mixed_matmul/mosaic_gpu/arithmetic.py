@@ -141,9 +141,8 @@ def issue_dot(
     lines.append("wgmma.commit_group.sync.aligned;")
     right = descriptor(activations, swizzle)
     i32 = ir.IntegerType.get_signless(32)
-    return fragment(
-        issue_wgmma(lines, i32, num_sums, start=sums, left=words, right=right), like=accumulator, is_signed=True
-    )
+    new = issue_wgmma(lines, i32, num_sums, start=sums, left=words, right=right)
+    return fragment(new, tokens, is_signed=True)
 
 
 def wait_dot(accumulator: fa.FragmentedArray, codes: fa.FragmentedArray, in_flight: int) -> fa.FragmentedArray:
@@ -182,4 +181,4 @@ def add_scaled(
             weighted = mlir_math.fma(arith.bitcast(f32, element(dot)), scale, minus_magic_scale)
             yield mlir_math.fma(weighted, token_scales[2 * block + lane], element(old))
 
-    return fragment(sums(), like=total)
+    return fragment(sums(), total.shape[1])

@@ -24,12 +24,10 @@ class DotTypes:
     Attributes:
         group_size: Input channels of a dot.
         tokens: Tokens of a dot.
-        even_tokens: The number of tokens of the whole problem is even, so that pairs of scales are aligned.
     """
 
     group_size: int
     tokens: int
-    even_tokens: bool
 
     @property
     def total_type(self) -> Any:
@@ -53,7 +51,13 @@ class DotTypes:
 
 @dataclasses.dataclass(frozen=True)
 class GroupArithmetic(DotTypes):
-    """The steps of arithmetic.py; a call of each emits it."""
+    """The steps of arithmetic.py; a call of each emits it.
+
+    Attributes:
+        even_tokens: The number of tokens of the whole problem is even, so that pairs of scales are aligned.
+    """
+
+    even_tokens: bool
 
     def magic_accumulator(self) -> Any:
         """What a dot starts from."""

@@ -6,6 +6,8 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
+from pallas_kernels.unsigned_operands import TOKENS_OF_SCALES
+
 if TYPE_CHECKING:
     from pallas_kernels.mixed_matmul.triton_tiles import Problem
 
@@ -28,12 +30,17 @@ MAX_HALVED_WAVES = 8
 """Where there are more waves, half tiles gain little, and a kernel of three or four kinds of tiles may spill."""
 
 
+def can_halve(tile_tokens: int) -> bool:
+    """Whether a tile of unsigned operands can be visited as two halves of its tokens."""
+    return tile_tokens // 2 in DOT_TOKENS and tile_tokens % (2 * TOKENS_OF_SCALES) == 0
+
+
 def halved_tiles(num_tiles: int, tile_tokens: int, multiprocessors: int) -> int:
     """Tiles of a last wave that would keep at most half of the multiprocessors busy: two take half of each."""
     rest = num_tiles % multiprocessors
-    if num_tiles > MAX_HALVED_WAVES * multiprocessors:
+    if not can_halve(tile_tokens) or num_tiles > MAX_HALVED_WAVES * multiprocessors:
         return 0
-    return rest if 2 * rest <= multiprocessors < num_tiles and tile_tokens // 2 in DOT_TOKENS else 0
+    return rest if 2 * rest <= multiprocessors < num_tiles else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +57,8 @@ class MosaicGpuConfig:
             result of another is scaled.
         band: Token tiles of a band; the tiles of a band that share channels are visited one after another.
         unsigned: Unsigned operands (see mosaic_gpu/unsigned/kernel.py), for groups of 128 and weights with the sums of
-            their codes; other weights take the `signed` settings. A tile's tokens are one part, and a block may go
-            round the ring more than once.
+            their codes; other weights take the `signed` settings. A tile's tokens are one part and whole sixteens, and
+            a block may go round the ring more than once.
     """
 
     tile_tokens: int = 128
@@ -68,8 +75,11 @@ class MosaicGpuConfig:
             raise ValueError(f"tile_tokens must be parts times one of {DOT_TOKENS}, and at most 128; found {self}")
         if self.compute_warpgroups not in (1, 2):
             raise ValueError(f"compute_warpgroups must be 1 or 2, since each needs most of the registers; found {self}")
-        if self.unsigned and (self.parts != 1 or self.stages < 2):
-            raise ValueError(f"with unsigned operands parts must be 1 and stages at least 2; found {self}")
+        if self.unsigned and (self.parts != 1 or self.stages < 2 or self.tile_tokens % TOKENS_OF_SCALES):
+            raise ValueError(
+                "with unsigned operands parts must be 1, stages at least 2 and tile_tokens a multiple of "
+                f"{TOKENS_OF_SCALES}; found {self}"
+            )
 
     def fitted(self, tokens: int) -> MosaicGpuConfig:
         """These settings without a part that no token ever reaches.

@@ -54,20 +54,19 @@ def elements(array: fa.FragmentedArray) -> list[ir.Value]:
     return [element(register) for register in array.registers.flat]
 
 
-def fragment(
-    values: Iterable[ir.Value], like: fa.FragmentedArray, *, is_signed: bool | None = None
-) -> fa.FragmentedArray:
-    """The array of these values, in the order of the registers of `like`; the inverse of `elements`.
+def fragment(values: Iterable[ir.Value], tokens: int, *, is_signed: bool | None = None) -> fa.FragmentedArray:
+    """The accumulator `[64, tokens]` of these values, in the order of its registers; the inverse of `elements`.
 
     Args:
         values: One for each register; may be computed one at a time.
-        like: Has the shape and layout.
+        tokens: Of the dot.
         is_signed: Of integers; None of floats.
     """
-    registers = np.empty(like.registers.shape, dtype=object)
+    shape = (CHANNELS_PER_WARPGROUP, tokens)
+    registers = np.empty(ACCUMULATOR_LAYOUT.registers_shape(shape), dtype=object)
     for index, value in enumerate(values):
         registers.flat[index] = vector.broadcast(ir.VectorType.get((1,), value.type), value)
-    return fa.FragmentedArray(_registers=registers, _layout=like.layout, _is_signed=is_signed)
+    return fa.FragmentedArray(_registers=registers, _layout=ACCUMULATOR_LAYOUT, _is_signed=is_signed)
 
 
 def registers_as_i32(array: fa.FragmentedArray) -> np.ndarray:

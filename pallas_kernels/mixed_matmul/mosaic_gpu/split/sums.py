@@ -55,7 +55,7 @@ def add_sums(total: Any, sums: Ref, firsts: list[Index]) -> Any:
                 for lane in range(4):
                     other = llvm.extractvalue(f32, others, [lane])
                     values[4 * block + lane] = arith.addf(values[4 * block + lane], other)
-        return fragment(values, like=total)
+        return fragment(values, total.shape[1])
 
     return emit(total, sums, *firsts)
 

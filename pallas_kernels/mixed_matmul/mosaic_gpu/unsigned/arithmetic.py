@@ -22,7 +22,6 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 from jaxlib.mlir.dialects import math as mlir_math
 
-from pallas_kernels.mixed_matmul.mosaic_gpu.arithmetic import load_token_scales
 from pallas_kernels.mixed_matmul.mosaic_gpu.fragments import (
     as_int8,
     descriptor,
@@ -31,10 +30,9 @@ from pallas_kernels.mixed_matmul.mosaic_gpu.fragments import (
     issue_wgmma,
     lane_position,
     registers_as_i32,
-    zero_total,
 )
 from pallas_kernels.mixed_matmul.mosaic_gpu.mlir import at, element, f32_constant, i32_constant, load
-from pallas_kernels.unsigned_operands import OFFSET
+from pallas_kernels.unsigned_operands import OFFSET, TOKENS_OF_SCALES
 
 TOTAL_SCALE = 2.0**-38
 """Of the totals: a dot's bits are the float dot * 2**-149, and a float16 scale times 2**111 is still a float32."""
@@ -89,7 +87,7 @@ def issue_dot(codes: fa.FragmentedArray, activations: ir.Value, tokens: int) -> 
     lines.append("wgmma.commit_group.sync.aligned;")
     right = descriptor(activations, 32 * steps)
     sums = issue_wgmma(lines, ir.IntegerType.get_signless(32), num_sums, left=words, right=right)
-    return fragment(sums, like=zero_total(tokens), is_signed=True)
+    return fragment(sums, tokens, is_signed=True)
 
 
 def load_channel_scales(scales: ir.Value, sums: ir.Value, first: ir.Value) -> list[Any]:
@@ -113,33 +111,27 @@ def load_channel_scales(scales: ir.Value, sums: ir.Value, first: ir.Value) -> li
 
 
 def add_scaled(
-    total: fa.FragmentedArray,
-    dot: fa.FragmentedArray,
-    channel_scales: list[Any],
-    token_scales: ir.Value,
-    first_token: ir.Value,
-    *,
-    pairs: bool,
+    total: fa.FragmentedArray, dot: fa.FragmentedArray, channel_scales: list[Any], token_scales: ir.Value
 ) -> fa.FragmentedArray:
     """`total + (dot as a denormal float * scale + offset) * token scale`, two fused multiply-adds an element.
 
-    `token_scales` is float32, those of the tile at `first_token` on; `pairs` promises that this is even.
+    `token_scales` is float32, those of the tile from its first token on, in the order of `unsigned_operands`.
     """
     f32 = ir.F32Type.get()
 
     def sums() -> Iterator[ir.Value]:
-        for block in range(total.registers.size // 4):
+        first = arith.muli(lane_position()[1], i32_constant(2))
+        for block in range(total.registers.size // 8):
             # Loaded where they are used: the assembler then finds registers for them.
-            of_tokens = load_token_scales(
-                token_scales, arith.addi(first_token, i32_constant(8 * block)), 8, pairs=pairs
-            )
-            for half, lane in itertools.product(range(2), range(2)):
-                index = 4 * block + 2 * half + lane
+            four = load(token_scales, arith.addi(first, i32_constant(TOKENS_OF_SCALES * block)), f32, lanes=4)
+            of_tokens = [element(four, number) for number in range(4)]
+            for eight, half, lane in itertools.product(range(2), range(2), range(2)):
+                index = 8 * block + 4 * eight + 2 * half + lane
                 bits = arith.bitcast(f32, element(dot.registers.flat[index]))
                 weighted = mlir_math.fma(bits, *channel_scales[half])
-                yield mlir_math.fma(weighted, of_tokens[lane], element(total.registers.flat[index]))
+                yield mlir_math.fma(weighted, of_tokens[2 * eight + lane], element(total.registers.flat[index]))
 
-    return fragment(sums(), like=total)
+    return fragment(sums(), total.shape[1])
 
 
 def subtract_zero_points(
@@ -177,7 +169,7 @@ def subtract_zero_points(
     lines += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"]
     right = descriptor(activation_sums, 128)
     new = issue_wgmma(lines, ir.F32Type.get(), num_sums, start=sums, left=[left[key] for key in keys], right=right)
-    return fa.optimization_barrier(fragment(new, like=zero_total(tokens)))
+    return fa.optimization_barrier(fragment(new, tokens))
 
 
 def _zero_point_words(
@@ -212,7 +204,7 @@ def _zero_point_words(
 def unscaled(total: fa.FragmentedArray) -> fa.FragmentedArray:
     """The totals without `TOTAL_SCALE`."""
     values = (arith.mulf(element(register), f32_constant(1 / TOTAL_SCALE)) for register in total.registers.flat)
-    return fragment(values, like=total)
+    return fragment(values, total.shape[1])
 
 
 def _denormal(integer: ir.Value) -> ir.Value:

@@ -49,21 +49,18 @@ class UnsignedArithmetic(DotTypes):
 
         return emit(codes, activations)
 
-    def finish(
-        self, dot: Any, codes: Any, total: Any, scales: list[Ref], first_channel: Index, first_token: Index
-    ) -> Any:
+    def finish(self, dot: Any, codes: Any, total: Any, scales: list[Ref], first_channel: Index) -> Any:
         """Wait for a dot and add it; `scales` are those of the channels, the sums of their codes, and the tokens'."""
-        arg_types = (ACCUMULATOR, plgpu.Layout.WGMMA_8BIT, ACCUMULATOR, *[plgpu.RefType()] * 3, SCALAR, SCALAR)
+        arg_types = (ACCUMULATOR, plgpu.Layout.WGMMA_8BIT, ACCUMULATOR, *[plgpu.RefType()] * 3, SCALAR)
 
         @plgpu.inline_mgpu(arg_types=arg_types, return_type=self.total_type)
         def emit(ctx: Any, dot: Any, codes: Any, total: Any, *rest: Any) -> Any:
-            channel_scales, code_sums, token_scales, first_channel, first_token = rest
+            channel_scales, code_sums, token_scales, first_channel = rest
             of_channels = arithmetic.load_channel_scales(channel_scales, code_sums, first_channel.registers.item())
             dot = signed.wait_dot(dot, codes, in_flight=0)
-            first = first_token.registers.item()
-            return arithmetic.add_scaled(total, dot, of_channels, token_scales, first, pairs=self.even_tokens)
+            return arithmetic.add_scaled(total, dot, of_channels, token_scales)
 
-        return emit(dot, codes, total, *scales, first_channel, first_token)
+        return emit(dot, codes, total, *scales, first_channel)
 
     def subtract_zero_points(self, total: Any, activation_sums: Ref, channels: list[Ref], first: Index) -> Any:
         """Take the zero points of 32 groups off.

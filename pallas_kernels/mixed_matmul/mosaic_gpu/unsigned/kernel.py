@@ -36,14 +36,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.activations import QuantizedActivations
 from pallas_kernels.mixed_matmul.mosaic_gpu.columns import fetch_columns
 from pallas_kernels.mixed_matmul.mosaic_gpu.config import CHANNELS_PER_WARPGROUP, halved_tiles
-from pallas_kernels.mixed_matmul.mosaic_gpu.operands import Index, Ref, swizzled
+from pallas_kernels.mixed_matmul.mosaic_gpu.operands import Index, Ref, Slice, swizzled
 from pallas_kernels.mixed_matmul.mosaic_gpu.persistent import PersistentKernel
 from pallas_kernels.mixed_matmul.mosaic_gpu.tiles import Tile, balancing_turn
 from pallas_kernels.mixed_matmul.mosaic_gpu.unsigned.arithmetic import SCALE_PADDING, ZERO_POINT_PADDING
 from pallas_kernels.mixed_matmul.mosaic_gpu.unsigned.calls import SUMS_BYTES, UnsignedArithmetic
 from pallas_kernels.mixed_matmul.mosaic_gpu.unsigned.hand_over import HandOver
 from pallas_kernels.packing import PackedWeight
-from pallas_kernels.unsigned_operands import GROUPS_OF_CORRECTION, corrections_of
+from pallas_kernels.unsigned_operands import GROUPS_OF_CORRECTION, corrections_of, scale_width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +79,11 @@ class UnsignedKernel(PersistentKernel):
         extra = (3.6 + 0.02 * self.num_groups) / (0.515 * self.num_groups + 0.7)
         tiles = self.tiles4, self.tiles8, self.token_tiles
         return balancing_turn(*tiles, self.config.band, self.halved(multiprocessors), multiprocessors, extra)
+
+    @property
+    def token_scales(self) -> Slice:
+        """Where a tile's scales of tokens lie: in rows of whole sixteens."""
+        return Slice(scale_width(self.tokens), self.config.tile_tokens, 4)
 
     @property
     def hand_over(self) -> HandOver:
@@ -191,7 +196,7 @@ class UnsignedKernel(PersistentKernel):
     ) -> None:
         """Compute 64 channels of a tile, from `first_channel` on, and hand them over."""
         is8, bias = tile.is8, inputs.get("bias")
-        arithmetic = UnsignedArithmetic(self.group_size, tile.tokens, even_tokens=self.tokens % 2 == 0, is8=is8)
+        arithmetic = UnsignedArithmetic(self.group_size, tile.tokens, is8=is8)
         first_row, rows = tile.first_row + first_channel, self.n8 if is8 else self.n4
         if bias is not None:
             fetch_columns(inputs["order"], scratch["columns"], first_row, rows, self.n4 if is8 else 0)
@@ -268,7 +273,6 @@ class _TileLoop:
             total,
             [self.scratch[name].at[slot] for name in names],
             self.kernel.channel_scales(self.tile.is8).lead(group) + self.first_channel,
-            self.kernel.token_scales.lead(group),
         )
 
     def add_block(self, index: Index, carry: tuple[Any, Any], *, end: Index) -> tuple[Any, Any]:
