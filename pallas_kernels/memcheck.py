@@ -47,13 +47,14 @@ SIZES = (
     (5, 19, 96, 32, 1.0),
     (9, 48, 256, 128, 1.0),
     (16, 112, 256, 128, 0.0),
-    (577, 1072, 384, 128, 0.1),
+    (577, 1088, 384, 128, 0.1),
     (131, 80, 4224, 128, 0.5),
 )
 """Tokens, out_features, in_features, group size, share of 8-bit channels.
 
-The next to last has more tiles than there are multiprocessors: halved ones in the last wave, and for the kernel that
-splits the input channels sums of two tiles at a time. The last has more than one block of zero points.
+The next to last has more tiles than there are multiprocessors: an order that turns from wave to wave and halved ones in
+the last wave, and for the kernel that splits the input channels sums of two tiles at a time. The last has more than one
+block of zero points.
 """
 
 TRITON_CONFIGS: tuple[Config | None, ...] = (

@@ -15,7 +15,6 @@ import pallas_kernels
 from pallas_kernels import memcheck
 from pallas_kernels.mixed_matmul import pallas_mosaic_gpu
 from pallas_kernels.mixed_matmul.configs import MosaicConfig
-from pallas_kernels.mixed_matmul.mosaic_gpu import config as mosaic_gpu_config
 from pallas_kernels.mixed_matmul.mosaic_gpu.config import MULTIPROCESSORS, MosaicGpuConfig
 from pallas_kernels.mixed_matmul.mosaic_gpu.split.config import MosaicGpuSplitConfig
 from pallas_kernels.mixed_matmul.triton_tiles import Problem
@@ -141,17 +140,30 @@ def test_every_hopper_kernel_has_channels_of_4_bits_of_8_bits_and_of_both(jobs: 
     assert found == {(each, *bits) for each in kinds() for bits in ((True, False), (False, True), (True, True))}
 
 
-def test_some_tiles_are_halved_and_some_clusters_have_two_sets_of_sums(jobs: list[memcheck.Job]):
-    halved, sets = set(), set()
-    for config, problem in matmuls(jobs):
-        if isinstance(config, MosaicGpuSplitConfig):
-            sets.add((config.cluster > 1, config.sets_of_sums(problem, MULTIPROCESSORS)))
-        elif config.unsigned:
-            channels = sum(-(-number // config.tile_channels) for number in (problem.n4, problem.n8))
-            tiles = channels * -(-problem.tokens // config.tile_tokens)
-            halved.add(mosaic_gpu_config.halved_tiles(tiles, config.tile_tokens, MULTIPROCESSORS) > 0)
-    assert halved == {False, True}
+def test_some_clusters_have_two_sets_of_sums(jobs: list[memcheck.Job]):
+    sets = {
+        (config.cluster > 1, config.sets_of_sums(problem, MULTIPROCESSORS))
+        for config, problem in matmuls(jobs)
+        if isinstance(config, MosaicGpuSplitConfig)
+    }
     assert sets == {(False, 1), (False, 2), (True, 1), (True, 2)}
+
+
+@pytest.mark.skipif(not HAS_HOPPER_KERNELS, reason="the kernels need JAX 0.11 or later, and say so")
+def test_every_order_of_unsigned_tiles_is_among_the_calls(jobs: list[memcheck.Job]):
+    """One wave with whole tiles and with halved 8-bit ones; several that turn, with halves in the last one."""
+    from pallas_kernels.mixed_matmul.mosaic_gpu.unsigned.kernel import UnsignedKernel
+
+    found, tokens = set(), set()
+    for config, problem in matmuls(jobs):
+        if isinstance(config, MosaicGpuConfig) and config.unsigned:
+            sizes = (problem.tokens, problem.n4, problem.n8, problem.num_groups, problem.group_size)
+            kernel = UnsignedKernel(*sizes, 4, config)
+            blocks = kernel.blocks(MULTIPROCESSORS)
+            found.add((kernel.splits8(blocks), kernel.turn(blocks) > 0, kernel.halved(blocks) > 0))
+            tokens.add((problem.tokens % 2, problem.tokens % 16 > 0))
+    assert found == {(False, False, False), (True, False, False), (False, True, True)}
+    assert tokens == {(0, False), (0, True), (1, True)}
 
 
 def test_attention_runs_in_one_program_and_in_several():

@@ -121,11 +121,11 @@ def test_unsigned_operands_are_for_aligned_rows(n: int, unsigned: bool):
 @pytest.mark.parametrize("channels", [384, 1152, 2816])
 @pytest.mark.parametrize("tokens", [100, 600, 1409])
 def test_every_token_of_every_channel_is_in_one_tile(channels: int, tokens: int):
-    """Whether the last wave is halved or not."""
+    """Whether the last wave is halved, the 8-bit tiles of the only wave, or none."""
     from pallas_kernels.mixed_matmul.mosaic_gpu.unsigned.kernel import UnsignedKernel
 
-    multiprocessors = 12
     kernel = UnsignedKernel(tokens, channels // 2, channels // 2, 4, 128, 2, CONFIGS[-1])
+    multiprocessors = kernel.blocks(12)
     visits = np.zeros((-(-tokens // 128) * 128, 2, kernel.tiles4 * 128), int)
     longest = np.zeros(multiprocessors)
     with jax.disable_jit(), jax.ensure_compile_time_eval():
@@ -255,6 +255,35 @@ def test_tiles_of_both_kinds_follow_each_other(config: MosaicGpuConfig):
     assert relative_error(first, case.expected) < limit(config)
     for _ in range(5):
         assert (run(*arguments) == first).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("sizes", "config", "order"),
+    [
+        ((528, 1376, 384), MosaicGpuConfig(64, 1, 4, 4, parts=1, unsigned=True), (False, True, False)),
+        ((1040, 4096, 256), MosaicGpuConfig(128, 2, 4, 4, parts=1, unsigned=True), (False, True, True)),
+        ((1100, 3840, 256), MosaicGpuConfig(64, 1, 4, 8, parts=1, unsigned=True), (False, True, False)),
+        ((256, 6144, 1024), MosaicGpuConfig(128, 2, 4, 8, parts=1, unsigned=True), (True, False, False)),
+    ],
+    ids=str,
+)
+def test_orders_of_tiles(sizes: tuple[int, int, int], config: MosaicGpuConfig, order: tuple[bool, bool, bool]):
+    """A single wave with halved 8-bit tiles; waves that turn, with halves in the last one or too many for that."""
+    require_hopper()
+    from pallas_kernels.mixed_matmul.mosaic_gpu.unsigned.kernel import UnsignedKernel
+
+    tokens, n, k = sizes
+    case = make_case(tokens, n, k, 128, 0.1, bias=True)
+    weight = with_sums(case.weight)
+    kernel = UnsignedKernel(tokens, weight.n4, weight.n8, weight.num_groups, 128, 4, config)
+    blocks = kernel.blocks(mosaic_gpu_config.MULTIPROCESSORS)
+    assert (kernel.splits8(blocks), kernel.turn(blocks) > 0, kernel.halved(blocks) > 0) == order
+    arguments = jax.tree.map(jnp.asarray, (case.activations, weight, case.bias))
+    run = jax.jit(lambda *arguments: pallas_mosaic_gpu.mixed_matmul(*arguments, out_dtype="float32", config=config))
+    first = run(*arguments)
+    assert relative_error(first, case.expected) < limit(config)
+    assert (run(*arguments) == first).all()
 
 
 @pytest.mark.gpu

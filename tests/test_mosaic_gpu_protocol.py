@@ -237,8 +237,9 @@ def run_persistent(kernel: Any, trace: Trace) -> None:
     warpgroups = kernel.config.compute_warpgroups
     trace.expected_groups = lambda _: iter(range(kernel.num_groups))
     tiles = []
-    for multiprocessor in range(min(MULTIPROCESSORS, kernel.num_tiles)):
-        axes = {"multiprocessor": multiprocessor, "num_multiprocessor": min(MULTIPROCESSORS, kernel.num_tiles)}
+    blocks = kernel.blocks(MULTIPROCESSORS)
+    for multiprocessor in range(blocks):
+        axes = {"multiprocessor": multiprocessor, "num_multiprocessor": blocks}
         warps = {
             f"warpgroup {number}": events_of(trace, kernel, **axes, warpgroup=number) for number in range(warpgroups)
         }
@@ -276,12 +277,13 @@ def test_signed_kernel(
     run_persistent(kernel, trace)
 
 
-@pytest.mark.parametrize("sizes", [*SIZES, (129, 256, 320)], ids=str)
+@pytest.mark.parametrize("sizes", [*SIZES, (129, 256, 320), (100, 250, 100)], ids=str)
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize(
     ("config", "groups"),
     [
         (MosaicGpuConfig(128, 2, 4, 4, **UNSIGNED), 8),
+        (MosaicGpuConfig(128, 2, 4, 8, **UNSIGNED), 16),
         (MosaicGpuConfig(64, 1, 4, 8, **UNSIGNED), 40),  # two corrections, blocks that go round the ring twice
         (MosaicGpuConfig(96, 1, 6, 2, **UNSIGNED), 2),  # 96 tokens of 32 bits are three pieces
         (MosaicGpuConfig(128, 2, 3, 1, **UNSIGNED), 33),
@@ -296,7 +298,7 @@ def test_unsigned_kernel(
     trace: Trace,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """With tiles that are handed over to the storing warps, and halved ones in the last wave."""
+    """With tiles that are handed over to the storing warps, halved ones in a last wave, 8-bit ones in a single one."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from pallas_kernels.mixed_matmul.mosaic_gpu.unsigned import hand_over

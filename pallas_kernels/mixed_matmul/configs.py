@@ -151,9 +151,7 @@ def waves(config: Config | MosaicConfig, problem: Problem, multiprocessors: int 
     if isinstance(config, MosaicGpuSplitConfig):
         return config.waves(problem)
     if isinstance(config, MosaicGpuConfig):
-        channels = math.ceil(problem.n4 / config.tile_channels) + math.ceil(problem.n8 / config.tile_channels)
-        tiles = channels * math.ceil(problem.tokens / config.tile_tokens)
-        return mosaic_gpu_config.waves(tiles, config.tile_tokens, unsigned=config.unsigned)
+        return mosaic_gpu_config.waves(problem, config)
     if isinstance(config, FewTokensConfig):
         tiles = math.prod((sum(config.tiles(problem)[:2]), config.tiles(problem)[2], config.splits))
         resident = max(1, WARPS_OF_FEW_TOKENS // config.warps)

@@ -60,7 +60,7 @@ def launch(
         functools.partial(kernel.body, tuple(operands)),
         out_type=jax.ShapeDtypeStruct((activations.tokens, weight.out_features), out_dtype),
         scratch_types=kernel.scratch(),
-        grid=(min(multiprocessors, kernel.num_tiles),),
+        grid=(kernel.blocks(multiprocessors),),
         grid_names=("multiprocessor",),
         num_threads=config.compute_warpgroups + 1,
         thread_name="warpgroup",

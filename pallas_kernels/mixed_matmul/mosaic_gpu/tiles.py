@@ -13,7 +13,8 @@ in the next band, so that the tiles of a wave share channels and tokens, which t
 8-bit tiles are spread evenly among the 4-bit ones along the channels. From wave to wave the multiprocessors move on by
 some places, where one would get far more 8-bit tiles than another otherwise. Where the last wave would keep at most
 half of the multiprocessors busy, its tiles are halved, if the kernel can: two multiprocessors take half of the tokens
-each.
+each. Where all tiles are one wave that leaves room, it is the 8-bit tiles that are halved: they would take longest,
+since their columns have gaps.
 """
 
 from __future__ import annotations
@@ -128,6 +129,16 @@ class TiledKernel(ring.RingKernel, abc.ABC):
         """Tiles at the end that are visited as two halves each."""
         return 0
 
+    def splits8(self, multiprocessors: int) -> bool:
+        """Whether 8-bit tiles are visited as two halves each, all tiles at the same time."""
+        return False
+
+    def blocks(self, multiprocessors: int) -> int:
+        """Blocks to launch, one on each multiprocessor; for these all methods here give the same answers."""
+        if self.splits8(multiprocessors):
+            return (self.tiles4 + 2 * self.tiles8) * self.token_tiles
+        return min(multiprocessors, self.num_tiles)
+
     def turn(self, multiprocessors: int) -> int:
         """Places by which a multiprocessor moves on from wave to wave."""
         return 0
@@ -139,6 +150,9 @@ class TiledKernel(ring.RingKernel, abc.ABC):
         the same time.
         """
         channel_tiles, tile_tokens = self.tiles4 + self.tiles8, self.config.tile_tokens
+        if self.splits8(multiprocessors):
+            self._visit_one(multiprocessor, visit)
+            return
 
         def visit_place(place: Index, first_block: Index, first: Index, tokens: int) -> None:
             """Visit `tokens` tokens, from `first` on, of the tile at a place of the order."""
@@ -183,3 +197,19 @@ class TiledKernel(ring.RingKernel, abc.ABC):
             def _half() -> None:
                 first_block, half = waves * self.num_blocks, lax.rem(last, 2)
                 visit_place(whole + lax.div(last, 2), first_block, half * (tile_tokens // 2), tile_tokens // 2)
+
+    def _visit_one(self, place: Index, visit: Callable[[Tile], None]) -> None:
+        """Visit the one tile of a multiprocessor where 8-bit tiles are halved: they come behind the 4-bit ones."""
+
+        def visit_kind(is8: bool, place: Index) -> None:
+            halves = 2 if is8 else 1
+            tokens, token_tiles = self.tile_tokens // halves, self.token_tiles * halves
+            first_row, first_token = (
+                lax.div(place, token_tiles) * self.tile_channels,
+                lax.rem(place, token_tiles) * tokens,
+            )
+            visit(Tile(is8=is8, first_row=first_row, first_token=first_token, tokens=tokens, first_block=0))
+
+        whole = self.tiles4 * self.token_tiles
+        pl.when(place < whole)(lambda: visit_kind(False, place))
+        pl.when(place >= whole)(lambda: visit_kind(True, place - whole))
