@@ -7,6 +7,7 @@ import pytest
 
 from pallas_kernels.device_traits import UNKNOWN, DeviceTraits, traits_of
 from pallas_kernels.mixed_matmul import configs, tuned_table
+from pallas_kernels.mixed_matmul.mosaic_gpu import config as mosaic_gpu_config
 from pallas_kernels.mixed_matmul.mosaic_gpu.config import MosaicGpuConfig
 from pallas_kernels.mixed_matmul.triton_few_tokens import FewTokensConfig
 from pallas_kernels.mixed_matmul.triton_many_tokens import ManyTokensConfig
@@ -60,6 +61,27 @@ def test_half_tiles_of_a_last_wave_take_less_than_a_wave():
     assert configs.waves(WIDE, problem(512, 6144, 4096)) == 2
     assert configs.waves(unsigned, problem(256, 14336, 4096)) == 2  # 92 tiles in the second wave: too many to halve
     assert configs.waves(unsigned, problem(256, 4096, 4096)) == 1  # a first wave is not halved
+
+
+def test_8_bit_tiles_take_longer_unless_a_single_wave_has_room_to_halve_them():
+    """Against times of an H100: 6144 x 4096 at 256 tokens 26.9 us, halved 22.7; 3584 x 18944 at 512 86.2 and 78.8."""
+    unsigned = MosaicGpuConfig(128, 2, 4, 4, parts=1, unsigned=True)
+    for tokens, n, k, whole, halved in ((256, 6144, 4096, 26.9, 22.7), (512, 3584, 18944, 86.2, 78.8)):
+        assert configs.waves(unsigned, problem(tokens, n, k, 0.1)) == 1
+        extra = mosaic_gpu_config.extra_of_8_bits(k // 128, 128)
+        assert (halved - configs.RAMP) * (1 + extra) + configs.RAMP == pytest.approx(whole, rel=0.05)
+    # 132 tiles, 16 of them of 8 bits: no room. And with one kind of tiles there is nothing to tell apart.
+    assert configs.waves(unsigned, problem(512, 4096, 4096, 0.1)) == pytest.approx(1.25, abs=0.01)
+    assert (
+        configs.waves(unsigned, problem(512, 4096, 4096)) == configs.waves(unsigned, problem(512, 4096, 4096, 1)) == 1
+    )
+
+
+def test_the_rule_takes_unsigned_operands_where_a_single_wave_has_room():
+    assert mosaic_gpu_config.default(problem(128, 14336, 4096, 0.1)) == MosaicGpuConfig(128, 2, 4, 4, 1, 8, True)
+    assert mosaic_gpu_config.default(problem(256, 6144, 4096, 0.1)).unsigned
+    assert not mosaic_gpu_config.default(problem(256, 6144, 4096)).unsigned
+    assert not mosaic_gpu_config.default(problem(128, 4096, 4096, 0.1)).unsigned
 
 
 def test_tuned_entries_count_for_weights_with_about_as_many_8_bit_channels(table):

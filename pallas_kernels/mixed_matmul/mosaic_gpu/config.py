@@ -51,12 +51,19 @@ def has_room_to_halve(tiles4: int, tiles8: int, tile_tokens: int, multiprocessor
     return bool(tiles4 and tiles8) and can_halve(tile_tokens) and tiles4 + 2 * tiles8 <= multiprocessors
 
 
-def extra_of_8_bits(num_groups: int) -> float:
-    """Time of an 8-bit tile beyond that of a 4-bit one, 1, where there are both: their columns have gaps.
+def tile_time(tile_tokens: int) -> float:
+    """Time of a tile of unsigned operands, about, where one of 128 tokens takes 1."""
+    return 0.2 + 0.8 * tile_tokens / 128
 
-    Fitted to times of an H100: in us 3.6 for the store and 0.02 a group, where a tile takes 0.7 and 0.515 a group.
+
+def extra_of_8_bits(num_groups: int, tile_tokens: int) -> float:
+    """Time of an 8-bit tile beyond that of a 4-bit one, 1, where there are both: its columns have gaps.
+
+    Fitted to times of an H100: in us 3.6 for the store of 128 tokens and 0.02 a group, where a tile takes 0.7 and 0.515
+    a group.
     """
-    return (3.6 + 0.02 * num_groups) / (0.7 + 0.515 * num_groups)
+    extra = (3.6 + 0.02 * num_groups) * tile_tokens / 128
+    return extra / ((0.7 + 0.515 * num_groups) * tile_time(tile_tokens))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +131,8 @@ class MosaicGpuConfig:
 _UNSIGNED: dict[str, Any] = {"stages": 4, "unroll": 4, "parts": 1, "unsigned": True}
 """The ring of tiles with unsigned operands."""
 
-
-_TILE_TIMES = {64: HALF_TILE, 80: 0.7, 96: 0.8, 112: 0.9, 128: 1.0}
-"""Of tiles of so many tokens with unsigned operands, about, in those of 128 tokens."""
+_UNSIGNED_TILES = (128, 112, 96, 80, 64)
+"""Tokens of tiles with unsigned operands that are worth trying."""
 
 
 def default(problem: Problem) -> MosaicGpuConfig:
@@ -136,7 +142,7 @@ def default(problem: Problem) -> MosaicGpuConfig:
         return sum(tiles_of(problem, 128, tokens))
 
     def time(tile_tokens: int) -> float:
-        return _TILE_TIMES[tile_tokens] * waves(problem, MosaicGpuConfig(tile_tokens, **_UNSIGNED))
+        return tile_time(tile_tokens) * waves(problem, MosaicGpuConfig(tile_tokens, **_UNSIGNED))
 
     if problem.tokens <= 64:
         tile_tokens = next(size for size in (8, 16, 32, 64) if problem.tokens <= size)
@@ -144,7 +150,7 @@ def default(problem: Problem) -> MosaicGpuConfig:
             return MosaicGpuConfig(tile_tokens, 1, 12 if tile_tokens == 64 else 16, 4, parts=1)
         return MosaicGpuConfig(tile_tokens, 2, 8, 4, parts=1)
     if problem.tokens > 256:
-        return MosaicGpuConfig(min(sorted(_TILE_TIMES, reverse=True), key=time), **_UNSIGNED)
+        return MosaicGpuConfig(min(_UNSIGNED_TILES, key=time), **_UNSIGNED)
     if 2 * tiles(128) > MULTIPROCESSORS and has_room_to_halve(*tiles_of(problem, 128, 128), 128, MULTIPROCESSORS):
         return MosaicGpuConfig(128, **_UNSIGNED)
     if tiles(128) <= MULTIPROCESSORS * 3 // 4:
@@ -170,7 +176,7 @@ def waves(problem: Problem, config: MosaicGpuConfig) -> float:
     if has_room_to_halve(*tiles, config.tile_tokens, MULTIPROCESSORS):
         return 1.0
     is_halved = halved_tiles(sum(tiles), config.tile_tokens, MULTIPROCESSORS) > 0
-    extra = extra_of_8_bits(problem.num_groups) if all(tiles) else 0.0
+    extra = extra_of_8_bits(problem.num_groups, config.tile_tokens) if all(tiles) else 0.0
     return whole + (HALF_TILE if is_halved else rest > 0) + extra
 
 
@@ -184,7 +190,7 @@ def candidates(tokens: int) -> list[MosaicGpuConfig]:
             for warpgroups, stages in ((1, 12 if size == 64 else 16), (2, 8))
         ]
     signed = [MosaicGpuConfig(), MosaicGpuConfig(64, 2, 8, 4, parts=1), MosaicGpuConfig(64, 2, 8, 4)]
-    unsigned = [MosaicGpuConfig(size, **_UNSIGNED) for size in _TILE_TIMES]
+    unsigned = [MosaicGpuConfig(size, **_UNSIGNED) for size in _UNSIGNED_TILES]
     if tokens > 1024:
         unsigned.append(MosaicGpuConfig(128, **{**_UNSIGNED, "unroll": 8}))
     return [*unsigned, *signed, MosaicGpuConfig(128, 1, **_UNSIGNED)]

@@ -86,7 +86,8 @@ class UnsignedKernel(PersistentKernel):
     def turn(self, multiprocessors: int) -> int:
         """Places by which a multiprocessor moves on from wave to wave."""
         tiles, halved = (self.tiles4, self.tiles8, self.token_tiles), self.halved(multiprocessors)
-        return balancing_turn(*tiles, self.config.band, halved, multiprocessors, extra_of_8_bits(self.num_groups))
+        extra = extra_of_8_bits(self.num_groups, self.tile_tokens)
+        return balancing_turn(*tiles, self.config.band, halved, multiprocessors, extra)
 
     @property
     def token_scales(self) -> Slice:
