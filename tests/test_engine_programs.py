@@ -11,7 +11,7 @@ from mixllm_jax.benchmark.measurements import Bench
 from mixllm_jax.cli import main as cli
 from mixllm_jax.generation.decode_loop import DECODE_CHUNK
 from mixllm_jax.generation.memory import weight_bytes
-from mixllm_jax.models.config import ModelConfig
+from mixllm_jax.models.config import LINEAR_NAMES, ModelConfig
 from mixllm_jax.models.random_weights import WeightFormat, random_decoder
 
 CONFIG = ModelConfig(
@@ -27,11 +27,13 @@ CONFIG = ModelConfig(
 )
 
 
-def decode_program(kv_bits: int, dtype: jnp.dtype) -> tuple[jax.stages.Compiled, int]:
+def decode_program(
+    kv_bits: int, dtype: jnp.dtype, batch: int = 2, context: int = 2048
+) -> tuple[jax.stages.Compiled, int]:
     """The compiled loop, and the bytes of its cache."""
     model = jax.eval_shape(lambda: random_decoder(CONFIG, WeightFormat.from_name("W4.4A8"), dtype=dtype))
     bench = Bench(model, Plan("", "W4.4A8", (), (), (), kv_bits=kv_bits), {})
-    return bench.lower_decode(2, 2048).compile(), weight_bytes(bench.abstract_state(2, 2048).cache)
+    return bench.lower_decode(batch, context).compile(), weight_bytes(bench.abstract_state(batch, context).cache)
 
 
 @pytest.mark.parametrize("kv_bits", [16, 8])
@@ -44,6 +46,13 @@ def test_xla_knows_the_length_of_the_loop():
     # Otherwise it would ask the device after every step whether to go on, and wait for the answer.
     program, _ = decode_program(16, jnp.float32)
     assert re.search(rf'known_trip_count"?:\{{"n":"{DECODE_CHUNK}"', program.as_text())
+
+
+def test_the_loop_does_not_keep_the_weights_unpacked():
+    # One token: the CPU multiplies integers, four bytes each where the loop keeps them for its next step.
+    program, _ = decode_program(16, jnp.float32, batch=1, context=16)
+    weights = CONFIG.num_layers * sum(rows * columns for rows, columns in map(CONFIG.linear_shape, LINEAR_NAMES))
+    assert program.memory_analysis().temp_size_in_bytes < weights
 
 
 @pytest.mark.gpu
