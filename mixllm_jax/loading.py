@@ -109,7 +109,7 @@ def compute_dtype(dtype: DTypeLike | Literal["auto"]) -> jnp.dtype[Any]:
     """The dtype meant; `auto` is bfloat16 on a GPU and float32 on a CPU.
 
     Raises:
-        OptionError: another one than `DTYPES`.
+        OptionError: another one than `DTYPES`, or float16 on a CPU, whose compiler has no attention of it.
     """
     if isinstance(dtype, str) and dtype == "auto":
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
@@ -119,6 +119,8 @@ def compute_dtype(dtype: DTypeLike | Literal["auto"]) -> jnp.dtype[Any]:
         found = None
     if found is None or found.name not in DTYPES:
         raise OptionError(f"dtype must be auto or one of {', '.join(DTYPES)}, found {dtype!r}")
+    if found.name == "float16" and jax.default_backend() == "cpu":
+        raise OptionError("dtype float16 cannot be computed on a CPU: use float32 or bfloat16")
     return found
 
 

@@ -20,6 +20,8 @@ from mixllm_jax.generation.memory import OutOfDeviceMemoryError
 from mixllm_jax.generation.streaming import RowText, StopStrings
 from pallas_kernels import registry
 
+ON_CPU = pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU computes in float16")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -233,6 +235,7 @@ def test_a_damaged_generation_config_is_named(folder, tmp_path, content):
     [
         ({"dtype": "int8"}, "dtype must be .* found 'int8'"),
         ({"dtype": "float64"}, "dtype must be .* found 'float64'"),
+        pytest.param({"dtype": "float16"}, "float16 cannot .* on a CPU", marks=ON_CPU),
         ({"dtype": "half-full"}, "dtype must be .* found 'half-full'"),
         ({"implementation": "cuda"}, "implementation must be one of auto, xla.* found 'cuda'"),
         ({"kv_bits": 4}, "kv-bits must be 8 or 16, found 4"),
