@@ -1,5 +1,6 @@
 """The benchmark's processes: compiled at once, measured one after another, none left behind."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from mixllm_jax.benchmark import runner
 from mixllm_jax.benchmark.cases import Plan, Results, format_table
 from mixllm_jax.cli.main import main
 from mixllm_jax.errors import OptionError
+from mixllm_jax.models.presets import PRESETS, preset
 
 STUB = """
 import json, os, sys, time
@@ -114,16 +116,32 @@ def test_float_weights_have_one_name_in_the_results(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            ["--random-weights", "smollm2-135m", "--contexts", "512,8193"],
+            "--contexts 8193: this model takes up to 8192",
+        ),
+        (["--random-weights", "smollm2-135m", "--prompts", "9000"], "--prompts 9000: this model takes up to 8192"),
         (["folder", "--schemes", "bf16"], "--schemes is for --random-weights"),
         (["--random-weights", "llama-3.1-8b", "--schemes", "bf16", "--random-allocation", "realistic"], "realistic"),
         (["--random-weights", "llama-3.1-8b", "--schemes", "bf16", "--lm-head-bits", "8"], "--lm-head-bits 8"),
         (["--random-weights", "llama-3.1-8b", "--schemes", "bf16", "--embedding-bits", "8"], "--embedding-bits 8"),
     ],
 )
-def test_options_that_would_change_nothing_are_refused(tmp_path, capsys, monkeypatch, options, message):
+def test_options_that_cannot_work_or_would_change_nothing_are_refused(tmp_path, capsys, monkeypatch, options, message):
     monkeypatch.setattr(runner, "run_plans", lambda *_, **__: pytest.fail("something was measured"))
     assert main(["benchmark", *options, "--out", str(tmp_path / "out")]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("longest", "contexts", "prompts"), [(2048, (512,), (128, 512, 2048)), (64, (64,), (64,))])
+def test_by_default_lengths_are_those_that_the_model_takes(tmp_path, monkeypatch, longest, contexts, prompts):
+    plans = []
+    monkeypatch.setattr(runner, "run_plans", lambda found, *_, **__: plans.extend(found) or 0)
+    short = dataclasses.replace(preset("smollm2-135m"), max_position_embeddings=longest)
+    monkeypatch.setitem(PRESETS, "short", short)
+    command = ["benchmark", "--random-weights", "short", "--schemes", "W4A8", "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    assert [(plan.contexts, plan.prompts) for plan in plans] == [(contexts, prompts)]
 
 
 def test_a_failed_case_says_so_until_it_is_measured_again(tmp_path):

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from mixllm_jax.models.eight_bit_table import TableBits
 
 SCHEMES = "bf16,W4A8,W4.4A8,W8A8"
+CONTEXTS = (512, 4096)
+PROMPTS = (128, 512, 2048, 8192)
 
 
 def _integers(text: str) -> tuple[int, ...]:
@@ -39,14 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batches", type=_integers, default=(1, 4, 16, 64), metavar="LIST", help="(default: 1,4,16,64)"
     )
     parser.add_argument(
-        "--contexts", type=_integers, default=(512, 4096), metavar="LIST", help="positions (default: 512,4096)"
+        "--contexts", type=_integers, metavar="LIST", help="positions (default: 512,4096, as far as the model goes)"
     )
     parser.add_argument(
         "--prompts",
         type=_integers,
-        default=(128, 512, 2048, 8192),
         metavar="LIST",
-        help="prompt lengths for the time to the first token (default: 128,512,2048,8192)",
+        help="prompt lengths for the time to the first token (default: 128,512,2048,8192, as far as the model goes)",
     )
     parser.add_argument("--kv-bits", type=int, choices=(8, 16), default=16, help="bits of the key/value cache")
     add_table_options(parser)
@@ -71,6 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
     from mixllm_jax.benchmark.runner import open_results, run_plans
     from mixllm_jax.checkpoint import CheckpointReader
     from mixllm_jax.loading import table_bits
+    from mixllm_jax.models.presets import preset
 
     if (arguments.folder is None) == (arguments.random_weights is None):
         raise OptionError("give either a model folder or --random-weights NAME")
@@ -86,17 +88,23 @@ def run(arguments: argparse.Namespace) -> None:
         require_torch()
     if arguments.random_weights is not None:
         model = arguments.random_weights
+        config = preset(model)
         schemes = _random_schemes(arguments)
     else:
         model = str(arguments.folder)
-        schemes = {"stored": table_bits(CheckpointReader(model), arguments.lm_head_bits, arguments.embedding_bits)}
+        reader = CheckpointReader(model)
+        config = reader.config
+        schemes = {"stored": table_bits(reader, arguments.lm_head_bits, arguments.embedding_bits)}
+    longest = config.max_position_embeddings
+    contexts = _lengths(arguments.contexts, CONTEXTS, "--contexts", longest)
+    prompts = _lengths(arguments.prompts, PROMPTS, "--prompts", longest)
     plans = [
         Plan(
             model,
             scheme,
             arguments.batches,
-            arguments.contexts,
-            arguments.prompts,
+            contexts,
+            prompts,
             kv_bits=arguments.kv_bits,
             lm_head_bits=tables.lm_head,
             embedding_bits=tables.embedding,
@@ -112,6 +120,21 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"stored in {arguments.out}")
     if failures:
         raise MixLLMError(f"{failures} of the processes failed: see above; what they had measured is stored")
+
+
+def _lengths(asked: tuple[int, ...] | None, defaults: tuple[int, ...], option: str, longest: int) -> tuple[int, ...]:
+    """What was asked for, by default those of the defaults that the model takes.
+
+    Raises:
+        OptionError: Longer than the model takes: it would be no speed of this model.
+    """
+    if asked is None:
+        return tuple(length for length in defaults if length <= longest) or (longest,)
+    if too_long := [str(length) for length in asked if length > longest]:
+        raise OptionError(
+            f"{option} {','.join(too_long)}: this model takes up to {longest} positions, give shorter ones"
+        )
+    return asked
 
 
 def _random_schemes(arguments: argparse.Namespace) -> dict[str, TableBits]:
