@@ -85,7 +85,8 @@ def test_a_model_is_not_far_from_itself(folder, tmp_path, capsys):
         (["--text", "{text}", "--out", "/"], "is a folder"),
     ],
 )
-def test_bad_input(folder, tmp_path, capsys, options, message):
+def test_bad_input_is_refused_before_a_model_is_loaded(folder, tmp_path, capsys, monkeypatch, options, message):
+    monkeypatch.setattr("mixllm_jax.loading.load", lambda *_, **__: pytest.fail("a model was loaded"))
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00abc")
     names = {"{binary}": str(tmp_path / "binary"), "{text}": str(folder / "text.txt")}
     assert cli.main(["perplexity", str(folder / "first"), *(names.get(option, option) for option in options)]) == 1

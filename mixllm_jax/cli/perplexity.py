@@ -54,14 +54,20 @@ def run(arguments: argparse.Namespace) -> None:
     from mixllm_jax.checkpoint import CheckpointReader
     from mixllm_jax.evaluation.accuracy import environment
     from mixllm_jax.evaluation.perplexity import cut_sequences, evaluate, format_table
+    from mixllm_jax.loaded_model import load_tokenizer
 
-    # All folders are looked at before the first model is loaded.
+    # All folders and the text are looked at before the first model is loaded.
     context = min(CheckpointReader(folder).config.max_position_embeddings for folder in arguments.folders)
     length = min(DEFAULT_SEQUENCE_LENGTH, context) if arguments.sequence_length is None else arguments.sequence_length
-    loaded = {name: load_model(folder, arguments) for name, folder in zip(names, arguments.folders, strict=True)}
-    tokens = loaded[names[0]].encode(text)
+    if length > context:
+        raise OptionError(
+            f"--sequence-length {length} exceeds the context of {context} tokens that all models have: choose a "
+            "shorter one"
+        )
+    tokens = load_tokenizer(arguments.folders[0])(text, verbose=False)["input_ids"]
     source = str(arguments.text or "the evaluation text of the package")
     sequences = cut_sequences(tokens, arguments.samples, length, source)
+    loaded = {name: load_model(folder, arguments) for name, folder in zip(names, arguments.folders, strict=True)}
     rows = []
     for result in evaluate({name: _measured(model, arguments.kv_bits) for name, model in loaded.items()}, sequences):
         model = loaded[result.name]

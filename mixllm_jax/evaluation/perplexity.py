@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from mixllm_jax.errors import OptionError
 from mixllm_jax.evaluation.cached import ThroughInt8Cache
-from mixllm_jax.generation.memory import OutOfDeviceMemoryError, is_out_of_memory
+from mixllm_jax.generation.memory import reporting_shortage
 from mixllm_jax.models.decoder import Decoder
 from mixllm_jax.progress_bar import progress_bar
 
@@ -96,17 +96,13 @@ def evaluate(
     return [sums[name].result(name, predictions, is_reference=name == names[0]) for name in names]
 
 
-@contextlib.contextmanager
-def _explained_shortage(models: int, length: int) -> Iterator[None]:
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfDeviceMemoryError(
+def _explained_shortage(models: int, length: int) -> contextlib.AbstractContextManager[None]:
+    return reporting_shortage(
+        lambda: (
             f"the device ran out of memory in a pass over {length} tokens with {models} models on it: choose a shorter "
             "--sequence-length, or fewer models at once"
-        ) from error
+        )
+    )
 
 
 @dataclasses.dataclass

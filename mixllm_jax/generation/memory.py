@@ -148,7 +148,7 @@ def explain_shortage(
             f"arrays or programs may use some of it: {fits}"
         )
 
-    return _reporting_shortage(message)
+    return reporting_shortage(message)
 
 
 def explain_shortage_of_weights(model: str) -> contextlib.AbstractContextManager[None]:
@@ -166,12 +166,19 @@ def explain_shortage_of_weights(model: str) -> contextlib.AbstractContextManager
             "free memory that other programs use (mixllm inspect --memory says what a model needs)"
         )
 
-    return _reporting_shortage(message)
+    return reporting_shortage(message)
 
 
 @contextlib.contextmanager
-def _reporting_shortage(message: Callable[[], str]) -> Iterator[None]:
-    """Raises an `OutOfDeviceMemoryError` with the message in place of an error of JAX that says so; others pass."""
+def reporting_shortage(message: Callable[[], str]) -> Iterator[None]:
+    """Has a message where the device runs out of memory within; other errors pass.
+
+    Args:
+        message: Made when it is needed.
+
+    Raises:
+        OutOfDeviceMemoryError: In place of JAX's error.
+    """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
