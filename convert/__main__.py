@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Converts, and prints what came out."""
     from convert.converter import convert_from_gguf, convert_from_hf  # late: --help needs none of it
+    from mixllm_jax.checkpoint import TOKENIZER_FILES
 
     options = {"dtype": arguments.dtype, "overwrite": arguments.overwrite}
     if arguments.from_hf is not None:
@@ -40,6 +41,12 @@ def run(arguments: argparse.Namespace) -> None:
         f"{done.folder}: {done.config.architecture}, {done.config.num_layers} layers, "
         f"{done.parameters / 1e6:.1f} million parameters, {done.nbytes / 1e6:.1f} MB"
     )
+    if not any((done.folder / name).is_file() for name in TOKENIZER_FILES):
+        print(
+            "note: the checkpoint has no tokenizer, so this model takes token ids alone; put tokenizer.json and "
+            "tokenizer_config.json of the model beside its weights and convert again to give it text",
+            file=sys.stderr,
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack, cast, overload
 
+from mixllm_jax.checkpoint import TOKENIZER_FILES
 from mixllm_jax.errors import CheckpointError, OptionError
 from mixllm_jax.generation import Engine, PromptCache
 from mixllm_jax.generation.completion import (
@@ -205,7 +206,7 @@ def load_tokenizer(path: Path) -> Any:
     """The `transformers` tokenizer of a model folder; `CheckpointError` where there is none."""
     from transformers import AutoTokenizer
 
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointError(
             f"{path} has no tokenizer (tokenizer.json): convert the model again from a folder that has one."
         )

@@ -331,3 +331,13 @@ def test_ctrl_c_leaves_nothing_behind(checkpoint, tmp_path):
     assert "Traceback" not in process.stderr
     assert "interrupted" in process.stderr
     assert list(out.parent.iterdir()) == []
+
+
+def test_a_checkpoint_without_a_tokenizer_is_converted_and_says_so(checkpoint, tmp_path, capsys):
+    for file in checkpoint.glob("tokenizer*"):
+        file.unlink()
+    assert convert(["--from-hf", str(checkpoint), "--out", str(tmp_path / "out")]) == 0
+    assert "note: the checkpoint has no tokenizer" in capsys.readouterr().err
+    (checkpoint / "tokenizer.json").write_text("{}")
+    assert convert(["--from-hf", str(checkpoint), "--out", str(tmp_path / "with")]) == 0
+    assert "no tokenizer" not in capsys.readouterr().err

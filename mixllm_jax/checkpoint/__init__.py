@@ -7,8 +7,16 @@ Orbax notices a shortened file, but not a part that was copied from another mode
 The same arrays give the same bytes: one uncompressed file per array, no times, no absolute paths.
 """
 
-from mixllm_jax.checkpoint.layout import FORMAT_VERSION, METADATA_FILE, Part
+from mixllm_jax.checkpoint.layout import FORMAT_VERSION, METADATA_FILE, TOKENIZER_FILES, Part
 from mixllm_jax.checkpoint.reader import CheckpointReader
 from mixllm_jax.checkpoint.writer import CheckpointWriter, check_target
 
-__all__ = ["FORMAT_VERSION", "METADATA_FILE", "CheckpointReader", "CheckpointWriter", "Part", "check_target"]
+__all__ = [
+    "FORMAT_VERSION",
+    "METADATA_FILE",
+    "TOKENIZER_FILES",
+    "CheckpointReader",
+    "CheckpointWriter",
+    "Part",
+    "check_target",
+]

@@ -14,6 +14,8 @@ from pallas_kernels.packing import PackedWeight
 FORMAT_VERSION = 1
 METADATA_FILE = "mixllm.json"
 KINDS = ("float", "quantized")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""A folder with a tokenizer has at least one of these."""
 
 Part: TypeAlias = dict[str, "np.ndarray | PackedWeight"]
 
