@@ -229,3 +229,15 @@ def test_incomplete_character_at_the_end_is_shown_at_last(byte_tokenizer):
     detokenizer = IncrementalDetokenizer(byte_tokenizer)
     assert "".join(detokenizer.add([token]) for token in tokens) == "a"
     assert detokenizer.flush() == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_bytes_that_are_no_text_are_shown_and_not_decoded_again_and_again(byte_tokenizer, monkeypatch):
+    decode, lengths = byte_tokenizer.decode, []
+    monkeypatch.setattr(
+        byte_tokenizer, "decode", lambda ids, **options: lengths.append(len(ids)) or decode(ids, **options)
+    )
+    tokens = [byte_tokenizer("é")["input_ids"][1]] * 50 + byte_tokenizer("é")["input_ids"]
+    detokenizer = IncrementalDetokenizer(byte_tokenizer)
+    text = "".join(detokenizer.add([token]) for token in tokens)
+    assert text == 50 * "\N{REPLACEMENT CHARACTER}" + "é"
+    assert max(lengths) < 16

@@ -8,6 +8,8 @@ from typing import Any
 from mixllm_jax.generation.requests import FinishReason
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_LONGEST_CHARACTER = 4
+"""Bytes of UTF-8, and so the most tokens that a character is spread over."""
 
 
 class IncrementalDetokenizer:
@@ -41,9 +43,16 @@ class IncrementalDetokenizer:
     def _advance(self, *, hold_back: bool) -> str:
         before = self._decode(self._tokens[self._context : self._emitted])
         text = self._decode(self._tokens[self._context :])
-        if len(text) <= len(before) or (hold_back and text.endswith(_REPLACEMENT)):
+        end = len(self._tokens)
+        if hold_back and text.endswith(_REPLACEMENT):
+            # What lies further back is no beginning of a character: bytes that are no text are not held back for ever,
+            # and not decoded again with every token.
+            end = max(self._emitted, end - _LONGEST_CHARACTER)
+            certain = self._decode(self._tokens[self._context : end])
+            text = certain if text.startswith(certain) else ""
+        if len(text) <= len(before):
             return ""
-        self._context, self._emitted = self._emitted, len(self._tokens)
+        self._context, self._emitted = self._emitted, end
         return text[len(before) :]
 
     def _decode(self, tokens: list[int]) -> str:
