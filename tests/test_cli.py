@@ -108,6 +108,12 @@ def test_generate_with_bad_options(folder, capsys, arguments, message):
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize("option", ["batch", "context", "kv-bits", "lm-head-bits"])
+def test_inspect_does_not_ignore_options_of_an_estimate_that_nobody_asked_for(folder, capsys, option):
+    assert cli.main(["inspect", folder, f"--{option}", "8"]) == 1
+    assert f"--{option} is for the estimate of memory: add --memory" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from mixllm_jax.checkpoint import CheckpointReader
     from mixllm_jax.quantization.report import QuantizationReport
 
+_MEMORY_OPTIONS = ("batch", "context", "dtype", "kv_bits", "lm_head_bits", "embedding_bits")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
@@ -26,12 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     memory = parser.add_argument_group("memory")
     memory.add_argument("--memory", action="store_true", help="estimate the device memory of generation; loads nothing")
-    memory.add_argument("--batch", type=int, default=1, metavar="N", help="rows (default: 1)")
+    memory.add_argument("--batch", type=int, metavar="N", help="rows (default: 1)")
     memory.add_argument("--context", type=int, metavar="N", help="prompt and new tokens of a row (default: 4096)")
-    memory.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="(default: bfloat16)"
-    )
-    memory.add_argument("--kv-bits", type=int, choices=(8, 16), default=16, help="of keys and values (default: 16)")
+    memory.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: bfloat16)")
+    memory.add_argument("--kv-bits", type=int, choices=(8, 16), help="of keys and values (default: 16)")
     add_table_options(memory)
 
 
@@ -40,6 +40,9 @@ def run(arguments: argparse.Namespace) -> None:
     from mixllm_jax.checkpoint import CheckpointReader
     from mixllm_jax.quantization.report import QuantizationReport, format_report
 
+    given = [option for option in _MEMORY_OPTIONS if getattr(arguments, option) is not None]
+    if given and not arguments.memory:
+        raise OptionError(f"--{given[0].replace('_', '-')} is for the estimate of memory: add --memory")
     reader = CheckpointReader(arguments.folder)
     values = reader.metadata.get("quantization_report")
     report = None if values is None else QuantizationReport.from_dict(values)
@@ -66,10 +69,10 @@ def run(arguments: argparse.Namespace) -> None:
 def _memory(reader: CheckpointReader, arguments: argparse.Namespace) -> dict[str, Any]:
     return memory_facts(
         reader,
-        batch=arguments.batch,
+        batch=1 if arguments.batch is None else arguments.batch,
         context=arguments.context,
-        dtype=arguments.dtype,
-        kv_bits=arguments.kv_bits,
+        dtype=arguments.dtype or "bfloat16",
+        kv_bits=arguments.kv_bits or 16,
         lm_head_bits=arguments.lm_head_bits,
         embedding_bits=arguments.embedding_bits,
     )
