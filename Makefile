@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 	$(BIN)/mixllm demo
 
 test: lint types
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -49,7 +49,7 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	$(PIP) --editable .
 	@touch $@
 
-$(VENV)/.installed-test: pyproject.toml | $(VENV)/.installed
+$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
 	@echo "installing what the tests need (PyTorch among it: the CPU build is enough, if your pip is set to find it)"
 	$(PIP) --editable '.[test]'
-	@touch $@
+	@touch $@ $(VENV)/.installed

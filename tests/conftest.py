@@ -1,7 +1,12 @@
 """Fixtures shared by all tests."""
 
+import ctypes
+import gc
+import mmap
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -23,8 +28,49 @@ def exact_matmul():
         yield
 
 
+LONGEST_FILES = (
+    "test_smollm2.py",
+    "test_driver.py",
+    "test_activation_layouts.py",
+    "test_quantization_claims.py",
+    "test_research.py",
+    "test_random_allocation.py",
+    "test_kernels.py",
+    "test_decode_attention.py",
+    "test_models_parity.py",
+    "test_engine_options.py",
+    "test_generation.py",
+    "test_models.py",
+    "test_completion.py",
+    "test_engine_requests.py",
+    "test_prefill.py",
+)
+"""Run first: files are handed out whole (`--dist loadfile`), and a long one at the end would keep one worker alone."""
+
+
+ENOUGH_MEMORY = 3 << 29
+"""Bytes that a process of the tests may hold when a file of them ends; JAX keeps what it compiled."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_one_file(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Drops compiled programs where they take much memory, and where they are not those of users (`quick_compile`)."""
+    quick = jax.default_backend() == "cpu" and request.node.get_closest_marker("quick_compile") is not None
+    jax.config.update("jax_disable_most_optimizations", quick)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    statistics = Path("/proc/self/statm")
+    if quick or (statistics.exists() and int(statistics.read_text().split()[1]) * mmap.PAGESIZE > ENOUGH_MEMORY):
+        jax.clear_caches()
+        gc.collect()
+        if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)  # glibc keeps freed memory unless asked for it
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips the tests marked `gpu` where JAX sees none."""
+    """Puts the longest files first, and skips the tests marked `gpu` where JAX sees none."""
+    place = {name: index for index, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
     if jax.default_backend() == "gpu":
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU that JAX sees")

@@ -17,6 +17,8 @@ from mixllm_jax.models.presets import PRESETS
 from mixllm_jax.models.random_weights import WeightFormat, random_decoder
 from pallas_kernels import registry
 
+pytestmark = pytest.mark.quick_compile
+
 TINY = dataclasses.replace(
     PRESETS["smollm2-135m"], num_layers=2, vocab_size=96, hidden_size=64, intermediate_size=128, head_dim=16,
     num_heads=4, num_kv_heads=2, max_position_embeddings=256,

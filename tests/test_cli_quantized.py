@@ -13,7 +13,7 @@ from mixllm_jax.checkpoint import CheckpointReader
 from mixllm_jax.cli import main as cli
 from pallas_kernels.packing import PackedWeight
 
-pytestmark = pytest.mark.xdist_group("cli_quantized")  # one worker makes what the tests share
+pytestmark = pytest.mark.quick_compile
 
 BITS = {"w4": "4", "w5": "5", "w8": "8"}
 

@@ -13,6 +13,8 @@ from pallas_kernels import QuantizedActivations, decode_attention
 from pallas_kernels.decode_attention import pallas_triton, xla
 from pallas_kernels.kv_cache import LayerCache, dequantize_heads, quantize_heads
 
+pytestmark = pytest.mark.quick_compile
+
 POISON = 3.0e4
 """Fills the slots that nobody may read, and the slots that nobody may overwrite."""
 
@@ -141,14 +143,22 @@ def check(
         )
 
 
+def compiled(function: Callable, **settings: object) -> Callable[..., tuple[jax.Array, LayerCache]]:
+    """In one piece, as the decode step has it: call by call, each operation would be compiled on its own."""
+    return jax.jit(functools.partial(function, **settings), static_argnames=("window", "quantize_group_size"))
+
+
+REFERENCE = compiled(xla.decode_attention)
+
+
 def interpreted(splits: int) -> Callable[..., tuple[jax.Array, LayerCache]]:
     config = pallas_triton.Config(splits=splits, block=16)
-    return functools.partial(pallas_triton.decode_attention, config=config, interpret=True)
+    return compiled(pallas_triton.decode_attention, config=config, interpret=True)
 
 
 @pytest.mark.parametrize("cache_dtype", [jnp.float32, jnp.int8])
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("run", [xla.decode_attention, interpreted(4)], ids=["xla", "triton"])
+@pytest.mark.parametrize("run", [REFERENCE, interpreted(4)], ids=["xla", "triton"])
 def test_matches_numpy(run, case, cache_dtype):
     check(run, case, jnp.float32, cache_dtype)
 
@@ -168,7 +178,7 @@ def check_quantized(run: Callable[..., tuple[QuantizedActivations, LayerCache]],
 
 
 @pytest.mark.parametrize(("head_dim", "group_size"), [(16, 16), (16, 32), (24, 32), (64, 32)])
-@pytest.mark.parametrize("run", [xla.decode_attention, interpreted(2)], ids=["xla", "triton"])
+@pytest.mark.parametrize("run", [REFERENCE, interpreted(2)], ids=["xla", "triton"])
 def test_quantizes_its_output(run, head_dim, group_size):
     check_quantized(run, Case(4, 2, head_dim, 40, (38, 5)), group_size)
 

@@ -22,8 +22,6 @@ from mixllm_jax.quantization.salience_file import SalienceScores
 from mixllm_jax.quantization.scheme import QuantizationScheme
 from pallas_kernels.packing import PackedWeight, dequantize
 
-pytestmark = pytest.mark.xdist_group("driver")  # one worker makes what the tests share
-
 CONFIG = ModelConfig(
     architecture="llama",
     vocab_size=96,

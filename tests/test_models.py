@@ -22,6 +22,8 @@ from pallas_kernels.decode_attention.xla import masked_attention
 from pallas_kernels.kv_cache import LayerCache
 from pallas_kernels.rotary import rotate
 
+pytestmark = pytest.mark.quick_compile
+
 CONFIG = ModelConfig(
     architecture="llama",
     vocab_size=37,

@@ -13,6 +13,8 @@ from mixllm_jax.checkpoint import CheckpointReader
 from mixllm_jax.models.cache import KVCache
 from mixllm_jax.models.decoder import Decoder
 
+pytestmark = pytest.mark.quick_compile
+
 TOLERANCE = 1e-4
 PROMPT_LENGTHS = (19, 7, 1)
 NEW_TOKENS = 4

@@ -13,6 +13,8 @@ from mixllm_jax.models.cache import KVCache
 from mixllm_jax.models.config import ModelConfig
 from mixllm_jax.models.random_weights import WeightFormat, random_decoder
 
+pytestmark = pytest.mark.quick_compile
+
 CONFIG = ModelConfig(
     architecture="llama",
     vocab_size=64,

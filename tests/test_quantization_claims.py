@@ -19,7 +19,7 @@ from mixllm_jax.quantization.driver import quantize_checkpoint
 from mixllm_jax.quantization.salience_file import SalienceScores
 from mixllm_jax.quantization.scheme import QuantizationScheme
 
-pytestmark = pytest.mark.xdist_group("quantization_claims")  # one worker makes what the tests share
+pytestmark = pytest.mark.quick_compile
 
 CONFIG = ModelConfig(
     architecture="llama",

@@ -11,7 +11,7 @@ import mixllm_jax.evaluation.accuracy as accuracy
 from mixllm_jax.checkpoint import CheckpointReader
 from mixllm_jax.cli.main import main
 
-pytestmark = pytest.mark.xdist_group("quantization_cli")  # one worker makes what the tests share
+pytestmark = pytest.mark.quick_compile
 
 TEXT = (
     "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want. " * 9

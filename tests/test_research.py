@@ -22,7 +22,7 @@ from mixllm_jax.quantization.salience_file import SalienceScores
 from pallas_kernels.mixed_matmul.api import OPERATION
 from pallas_kernels.packing import PackedWeight, dequantize
 
-pytestmark = pytest.mark.xdist_group("research")  # one worker makes what the tests share
+pytestmark = pytest.mark.quick_compile
 
 PAGE = Path(__file__).parents[1] / "docs" / "research.md"
 

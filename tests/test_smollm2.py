@@ -1,4 +1,4 @@
-"""SmolLM2-135M, a real trained model, against `transformers` reading the same GGUF file."""
+"""SmolLM2-135M, a real trained model, against `transformers` reading the same GGUF file, and by its known answers."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import mixllm_jax
+from mixllm_jax.cli import main as cli
 from mixllm_jax.models.cache import KVCache
 
-pytestmark = [pytest.mark.real_model, pytest.mark.xdist_group("smollm2")]  # one worker converts the model
+pytestmark = pytest.mark.real_model
 
 PARAGRAPH = (
     "The Eiffel Tower is a wrought-iron lattice tower on the Champ de Mars in Paris, France. It is named after the "
@@ -80,3 +81,24 @@ def test_greedy_answer_under_the_chat_template(loaded):
             break
         answer += tokens
     assert loaded.tokenizer.decode(answer) == "The capital of France is Paris."
+
+
+QUESTION = "What is the capital of France?"
+ANSWER = "The capital of France is Paris."  # of llama.cpp and of transformers, greedily
+
+
+def test_float_model_by_command_and_by_python(smollm2_folder, capsys):
+    capsys.readouterr()
+    assert cli.main(["generate", str(smollm2_folder), "--chat", "--prompt", QUESTION, "--max-tokens", "24"]) == 0
+    assert capsys.readouterr().out == ANSWER + "\n"
+    assert "Paris" in mixllm_jax.load(smollm2_folder).generate(QUESTION, chat=True, max_tokens=24)
+
+
+def test_quantised_model(smollm2_folder, tmp_path, capsys):
+    out = str(tmp_path / "w8a8")
+    assert cli.main(["quantize", str(smollm2_folder), "--out", out, "--bits", "8", "--method", "rtn"]) == 0
+    capsys.readouterr()
+    # Prompts whose answer is certain: the question above is a near-tie between languages even for the float model.
+    prompts = ["--prompt", "The capital of France is", "--prompt", "To be or not to"]
+    assert cli.main(["generate", out, *prompts, "--max-tokens", "1"]) == 0
+    assert capsys.readouterr().out == "=== The capital of France is\n Paris\n\n=== To be or not to\n be\n\n"
