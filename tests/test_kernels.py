@@ -366,7 +366,10 @@ def test_implementation_that_cannot_run_says_why():
         ({"bias": jnp.zeros(5)}, r"bias must be \[6\]"),
         ({"activations": QuantizedActivations(jnp.zeros((1, 32), jnp.int8), jnp.zeros((1, 1)), 32)}, "32 features"),
         ({"activations": QuantizedActivations(jnp.zeros((1, 64)), jnp.zeros((2, 1)), 32)}, "codes must be int8"),
-        ({"activations": QuantizedActivations(jnp.zeros((1, 64), jnp.int8), jnp.zeros((1, 2)), 32)}, "scales must"),
+        (
+            {"activations": QuantizedActivations(jnp.zeros((1, 64), jnp.int8), jnp.zeros((1, 2)), 32)},
+            r"scales .* must be float32 \[2, 1\]",
+        ),
     ],
 )
 def test_bad_arguments_are_refused(change: dict[str, object], message: str):
