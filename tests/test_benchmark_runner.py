@@ -134,13 +134,15 @@ def test_options_that_cannot_work_or_would_change_nothing_are_refused(tmp_path, 
 
 
 @pytest.mark.parametrize(("longest", "contexts", "prompts"), [(2048, (512,), (128, 512, 2048)), (64, (64,), (64,))])
-def test_by_default_lengths_are_those_that_the_model_takes(tmp_path, monkeypatch, longest, contexts, prompts):
+def test_by_default_lengths_are_those_that_the_model_takes(tmp_path, monkeypatch, capsys, longest, contexts, prompts):
     plans = []
     monkeypatch.setattr(runner, "run_plans", lambda found, *_, **__: plans.extend(found) or 0)
     short = dataclasses.replace(preset("smollm2-135m"), max_position_embeddings=longest)
     monkeypatch.setitem(PRESETS, "short", short)
-    command = ["benchmark", "--random-weights", "short", "--schemes", "W4A8", "--out", str(tmp_path / "out")]
-    assert main(command) == 0
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "benchmark.json").write_text('{"rows": [{"model": "short", "scheme": "W8A8"}]}')
+    assert main(["benchmark", "--random-weights", "short", "--schemes", "W4A8"]) == 0
+    assert "W8A8" in capsys.readouterr().out  # the results stored here, and not those of the repository
     assert [(plan.contexts, plan.prompts) for plan in plans] == [(contexts, prompts)]
 
 

@@ -60,9 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path("docs/results/engine_h100.json"),
+        default=Path("benchmark.json"),
         metavar="FILE",
-        help="results; rows of the same case are replaced (default: docs/results/engine_h100.json)",
+        help="results; rows of the same case are replaced (default: benchmark.json)",
     )
 
 
