@@ -21,6 +21,8 @@ from mixllm_jax.cli.runner import run_command
 from mixllm_jax.errors import CheckpointError
 from mixllm_jax.models.presets import PRESETS
 
+pytestmark = pytest.mark.quick_compile
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
