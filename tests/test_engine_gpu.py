@@ -122,5 +122,5 @@ def test_running_out_of_memory_says_what_would_fit(monkeypatch):
     assert limit is not None
     monkeypatch.setattr(engine, "require_memory", lambda *arguments: None)
     rows = 2 * limit // runner.estimate_memory(1, 8192).cache
-    with pytest.raises(OutOfDeviceMemoryError, match=r"ran out of memory: .* rows of 8192 positions would fit"):
+    with pytest.raises(OutOfDeviceMemoryError, match=r"ran out of memory: .* rows of 8192 positions .*would fit"):
         runner.generate([[1]] * rows, max_tokens=8191)

@@ -1,0 +1,40 @@
+"""Kernels with other work around them on a GPU give the same bits every time: a race would show as another result."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mixllm_jax.generation import Engine
+from mixllm_jax.models.presets import PRESETS
+from mixllm_jax.models.random_weights import WeightFormat, random_decoder
+from pallas_kernels.benchmark_data import bfloat16_array, packed_weight
+from pallas_kernels.mixed_matmul.api import quantized_linear
+
+pytestmark = pytest.mark.gpu
+
+TIMES = 40
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 16, 33, 64, 128, 256, 512, 1024])
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (3000, 1408)])
+def test_a_layer_gives_the_same_bits_every_time(n: int, k: int, tokens: int):
+    weight, x = packed_weight(n, k, 128, 0.1, seed=tokens), bfloat16_array((tokens, k), tokens)
+
+    @jax.jit
+    def results(x, weight):
+        return [quantized_linear(x, weight) for _ in range(2)]
+
+    first = jax.block_until_ready(results(x, weight)[0])
+    different = [jnp.any(out != first) for _ in range(TIMES) for out in results(x, weight)]
+    assert not jnp.any(jnp.stack(different))
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_a_model_generates_the_same_tokens_every_time(batch: int):
+    config = dataclasses.replace(PRESETS["llama-3.1-8b"], num_layers=2, vocab_size=2048)
+    runner = Engine(random_decoder(config, WeightFormat.from_name("W4.4A8")))
+    prompts = [[7 * row + place for place in range(30 + row)] for row in range(batch)]
+    first, *others = [[result.tokens for result in runner.generate(prompts, max_tokens=64)] for _ in range(5)]
+    assert all(tokens == first for tokens in others)
