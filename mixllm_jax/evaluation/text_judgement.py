@@ -16,8 +16,8 @@ tokens, and gaps so large, differ in the reference itself.
 The criterion can fail: where the lead is larger than the limit, any wrong token is seen for itself, and a device that
 computes a layer wrongly comes to choose such tokens. In SmolLM2-135M W4.4A8, with a noise of 0.13 logits, one of 30
 layers without the 8-bit channels of its query, key and value projection makes some 60 of 1280 tokens different, the
-worst by 6.5 logits. A fault too small for that makes more tokens differ than do in the reference itself; both numbers are
-reported. A model with float activations has the noise of rounding floats alone: judge its text in the dtype of the
+worst by 6.5 logits. A fault too small for that makes more tokens differ than do in the reference itself; both numbers
+are reported. A model with float activations has the noise of rounding floats alone: judge its text in the dtype of the
 device under test.
 """
 
