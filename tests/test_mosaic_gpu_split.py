@@ -136,6 +136,7 @@ def test_quantized_linear_takes_the_quantising_kernel_where_the_table_says_so(mo
     x = bfloat16_array((2, 1024), 1)
     activations = pallas_kernels.quantize_activations(x, 128)
     expected = pallas_kernels.mixed_matmul(activations, weight, out_dtype="float32")
+    monkeypatch.setattr(pallas_mosaic_gpu, "QUANTIZES_ITSELF", True)
     monkeypatch.setattr(configs, "quantizing", lambda *_: QUANTIZING_CONFIGS[0])
     text = jax.jit(lambda *a: pallas_kernels.quantized_linear(*a, out_dtype="float32")).lower(x, weight).as_text()
     assert "mosaic_gpu" in text
