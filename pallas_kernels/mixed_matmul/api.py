@@ -99,7 +99,7 @@ def quantized_linear(
 ) -> jax.Array:
     """`mixed_matmul(quantize_activations(x), weight, bias)`: for layers whose input no other kernel has quantised.
 
-    In one launch where there are few tokens and that is faster, which gives the same codes.
+    In two launches. A kernel that does both for few tokens is off; see `pallas_mosaic_gpu.QUANTIZES_ITSELF`.
 
     Args:
         x: Float `[tokens, in_features]`.
