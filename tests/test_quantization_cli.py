@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -186,3 +187,11 @@ def test_accuracy_table(
     assert "another model, calibration text or settings" in capsys.readouterr().err
     monkeypatch.setattr(accuracy, "quantize_checkpoint", None)  # nothing is quantised again
     assert main(command) == 0
+
+    default = folder / "float.accuracy"
+    shutil.copytree(tmp_path / "work", default)
+    (default / "mine.txt").write_text("kept")
+    assert main(command[: command.index("--work")]) == 0
+    kept = {path.name for path in default.iterdir()}
+    assert kept == {"mine.txt", "mixllm_w8a8"}  # a row of another call, and what is no row; only its own are removed
+    shutil.rmtree(default)

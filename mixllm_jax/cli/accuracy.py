@@ -9,7 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from mixllm_jax.cli.options import check_output_file
+from mixllm_jax.cli.options import check_output_file, write_output_file
 from mixllm_jax.errors import CheckpointError, OptionError
 
 
@@ -115,7 +115,10 @@ def run(arguments: argparse.Namespace) -> None:
             given += ["--bits", *(f"{bits:g}" for bits in arguments.bits)]
         command = shlex.join(["mixllm", "accuracy", reader.path.name, *given])
         content = {"command": command, "settings": settings, **environment(), "rows": rows}
-        arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+        write_output_file(arguments.out, json.dumps(content, indent=1) + "\n")
         print(f"wrote {arguments.out}")
     if arguments.work is None:
-        shutil.rmtree(work)
+        for row in rows_wanted:
+            shutil.rmtree(work / row.folder)
+        if not any(work.iterdir()):  # what somebody else put there stays
+            work.rmdir()

@@ -83,6 +83,13 @@ def check_output_file(path: Path | None, option: str) -> None:
         raise OptionError(f"{option} {path} cannot be written: no permission, or a read-only disk.")
 
 
+def write_output_file(path: Path, text: str) -> None:
+    """Writes a file aside and renames it, so that what was there stays until all of the new text is."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
 def add_sampling_options(parser: argparse.ArgumentParser, *, temperature: float, top_p: float) -> None:
     """How to choose tokens."""
     group = parser.add_argument_group("sampling")

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixllm_jax.cli.options import add_execution_options, check_output_file, load_model
+from mixllm_jax.cli.options import add_execution_options, check_output_file, load_model, write_output_file
 from mixllm_jax.errors import OptionError
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
         }
         command = shlex.join(["mixllm", *sys.argv[1:]])
         content = {"command": command, **environment(), "settings": settings, "rows": rows}
-        arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+        write_output_file(arguments.out, json.dumps(content, indent=1) + "\n")
 
 
 def _measured(loaded: LoadedModel, kv_bits: int) -> Decoder | ThroughInt8Cache:
