@@ -42,7 +42,7 @@ def test_the_kernel_that_quantises_its_activations_gives_the_same_bits_every_tim
     weight, x = packed_weight(4096, 4096, 128, 0.1, seed=1), bfloat16_array((1, 4096), 1)
     config = MosaicGpuQuantizeConfig(8, 4, 1, 16, 2)
     run = jax.jit(
-        lambda x, weight: pallas_mosaic_gpu.quantized_linear(x, weight, None, out_dtype="float32", config=config)
+        lambda x, weight: pallas_mosaic_gpu.quantized_linear(x, weight, None, out_dtype="bfloat16", config=config)
     )
     first = jax.block_until_ready(run(x, weight))
     different = [jnp.any(run(x, weight) != first) for _ in range(600)]
